@@ -1,0 +1,116 @@
+"""Every command; the only place that turns an error into an exit code."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune_cli.errors import FinetuneError
+
+app = typer.Typer(
+    name="finetune",
+    help="Fine-tune language models from a recipe that is checked before anything is loaded.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value; repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdout.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    set_: Sets = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in the run folder.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the job."""
+    from finetune_cli import commands
+
+    raise typer.Exit(commands.run(recipe, set_ or [], resume=resume, overwrite=overwrite, as_json=as_json))
+
+
+@app.command()
+def validate(
+    recipe: RecipeFile,
+    set_: Sets = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Stop before the tokenizer and the rows.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check everything that needs no weights."""
+    from finetune_cli import commands
+
+    raise typer.Exit(commands.validate(recipe, set_ or [], fast=fast, as_json=as_json))
+
+
+@app.command("preview-template")
+def preview_template(
+    recipe: RecipeFile,
+    set_: Sets = None,
+    row: Annotated[int | None, typer.Option(help="This row alone, counted from 0.")] = None,
+    n: Annotated[int, typer.Option("-n", help="This many rows.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the model will see, token by token, and what is trained."""
+    from finetune_cli import commands
+
+    raise typer.Exit(commands.preview(recipe, set_ or [], row=row, n=n, as_json=as_json))
+
+
+@app.command()
+def plan(recipe: RecipeFile, set_: Sets = None, as_json: AsJson = False) -> None:
+    """Show the resolved plan and where each value comes from."""
+    from finetune_cli import commands
+
+    raise typer.Exit(commands.plan(recipe, set_ or [], as_json=as_json))
+
+
+@app.command()
+def init(
+    method: Annotated[str, typer.Argument(help="sft, dpo, ...; `finetune methods` lists them.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a recipe to start from."""
+    from finetune_cli import commands
+
+    raise typer.Exit(commands.init(method, output))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with finetune."""
+    from finetune_cli import commands
+
+    raise typer.Exit(commands.recipes())
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="Show one method's keys.")] = None) -> None:
+    """List the methods, or the keys of one."""
+    from finetune_cli import commands
+
+    raise typer.Exit(commands.methods(name))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe."""
+    from finetune_cli import commands
+
+    raise typer.Exit(commands.schema())
+
+
+def main() -> None:
+    """The `finetune` command."""
+    try:
+        app()
+    except FinetuneError as failure:
+        from finetune_cli import show
+
+        show.error(failure)
+        sys.exit(failure.exit_code)

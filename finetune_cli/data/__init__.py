@@ -1,0 +1,1 @@
+"""Rows: where they come from, and which tokens they become."""

@@ -1,0 +1,86 @@
+"""The rows of a recipe: training and evaluation sets, tokenised, and the prompts that evaluation asks."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from finetune_cli.data.cache import encoded
+from finetune_cli.data.chat import Chat, text_of
+from finetune_cli.data.encode import Encoded, split_eval
+from finetune_cli.data.sources import load
+from finetune_cli.errors import DataError
+from finetune_cli.recipe.sections import Recipe, Source
+from finetune_cli.types import Prompt, Row
+
+HELD_OUT = "held out"
+
+
+@dataclass(frozen=True)
+class RowSets:
+    """All rows of a run. `evals` by set name; the unnamed set has the name ""."""
+
+    train: Encoded
+    train_prompts: list[Prompt]
+    evals: dict[str, tuple[Encoded, list[Prompt]]]
+
+    def summary(self) -> dict[str, Any]:
+        """The counts of every set."""
+        return {
+            "sets": {
+                "train": self.train.report,
+                **{f"eval {name}".strip(): found.report for name, (found, _) in self.evals.items()},
+            }
+        }
+
+
+def load_rows(recipe: Recipe, chat: Chat) -> RowSets:
+    """Raises DataError where too many rows are dropped, or none is left."""
+    data, method, asked = recipe.data, recipe.method, recipe.eval
+    train = encoded(method, data.train, chat, data, seed=recipe.seed)
+    train_rows, held = split_eval(train.rows, data.eval_split, recipe.seed)
+    number = asked.metric_rows if asked.metric is not None else asked.sample_prompts
+    evals: dict[str, tuple[Encoded, list[Prompt]]] = {}
+    if held:
+        report = {**train.report, "read": len(held), "kept": len(held), "dropped": {}, "truncated": 0}
+        evals[""] = Encoded(held, report), prompts(recipe, data.train, held, chat, number)
+        train = Encoded(train_rows, {**train.report, "held_out": len({row.source for row in held})})
+    for name, source in (data.eval_sets or {}).items():
+        found = encoded(method, [source], chat, data, seed=recipe.seed)
+        if name in evals:
+            raise DataError("data.eval_sets and data.eval_split both make the unnamed set", "Keep one of them.")
+        evals[name] = found, prompts(recipe, [source], found.rows, chat, number)
+    wanted = [] if evals else train_rows[: asked.sample_prompts]
+    return RowSets(train, prompts(recipe, data.train, wanted, chat, asked.sample_prompts), evals)
+
+
+def prompts(recipe: Recipe, sources: Sequence[Source], rows: Sequence[Row], chat: Chat, number: int) -> list[Prompt]:
+    """What the first `number` conversations of `rows` ask last, and what they answer."""
+    wanted = list(dict.fromkeys(row.source for row in rows))[:number]
+    if not wanted:
+        return []
+    found = dict(canonical(recipe, sources, chat, set(wanted)))
+    return [found[source] for source in wanted if source in found]
+
+
+def canonical(recipe: Recipe, sources: Sequence[Source], chat: Chat, wanted: set[int]) -> Iterator[tuple[int, Prompt]]:
+    first = 0
+    for source in sources:
+        table = load(source, accepts=recipe.method.shapes, first=first)
+        first += len(table.raws)
+        for raw in table.raws:
+            if raw.source in wanted:
+                row = table.canonical(raw)
+                prompt = chat.prompt(row, table.shape.name)
+                if prompt is not None:
+                    yield raw.source, replace(prompt, text=question(row) or prompt.text, source=raw.source)
+
+
+def question(row: Mapping[str, Any]) -> str:
+    """The message before the last answer, as a person reads it."""
+    messages = row.get("messages") or [*_messages(row.get("prompt")), *_messages(row.get("completion"))]
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    return text_of(messages[last - 1].get("content")) if last else ""
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    return value if isinstance(value, list) else []

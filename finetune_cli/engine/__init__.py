@@ -1,0 +1,1 @@
+"""The run itself: models, batches, the loop."""

@@ -1,0 +1,98 @@
+"""Evaluation: the loss over the whole of each set, generated answers and what they are worth."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetune_cli.data.batches import padded, silent
+from finetune_cli.engine import metrics
+from finetune_cli.engine.generate import answers
+from finetune_cli.types import Prompt, Row
+
+if TYPE_CHECKING:
+    from finetune_cli.engine.job import EvalSet, Job
+
+
+def evaluate(job: "Job", step: int, *, final: bool) -> dict[str, float]:
+    """Every number of every set, keys as in metrics.jsonl; emits one eval event and the samples. Collective."""
+    numbers: dict[str, float] = {}
+    for eval_set in job.eval_sets:
+        numbers |= loss_of(job, eval_set)
+    for eval_set in job.eval_sets:
+        if job.metric is not None and eval_set.prompts:
+            numbers |= generated(job, eval_set, step)
+    if numbers:
+        job.emit(job.event("eval", step, **numbers))
+    if job.metric is None:
+        sample(job, step)
+    job.emit({"event": "looked", "step": step, "final": final})
+    return numbers
+
+
+def loss_of(job: "Job", eval_set: "EvalSet") -> dict[str, float]:
+    """Sums over the whole set, divided once: the same number for every batch size and number of processes."""
+    from finetune_cli.engine.loop import Sums
+
+    sums, role = Sums(), job.accelerator.unwrap_model(job.policy)
+    role.eval()
+    with torch.no_grad():
+        for rows in chunks(eval_set.rows, job.plan.resolved.per_device_eval_batch_size, job.rank, job.world):
+            batch = padded(rows, job.pad_id).to(job.device)
+            batch.measure = True
+            sums.add(job.method.loss(batch, lambda _, batch: role(batch), batch.counts).metrics)
+    means = sums.means(job)
+    return {f"{eval_set.prefix}{name}": value for name, value in means.items()}
+
+
+def chunks(rows: Sequence[Row], size: int, rank: int, world: int) -> list[list[Row]]:
+    """This process's share, rows of alike length together. A process without rows
+    computes one silently, so that all of them know the names of the sums."""
+    ordered = sorted(rows, key=lambda row: -row.length)
+    own = ordered[rank::world] or [silent(ordered[0])]
+    return [own[i : i + size] for i in range(0, len(own), size)]
+
+
+def generated(job: "Job", eval_set: "EvalSet", step: int) -> dict[str, float]:
+    """The metric on greedy answers; its first answers are the samples."""
+    assert job.metric is not None
+    name, metric = job.metric
+    texts = spread(job, eval_set.prompts, step, temperature=0.0)
+    scores = metrics.judge(name, metric, texts, [p.answer for p in eval_set.prompts])
+    for prompt, text in list(zip(eval_set.prompts, texts, strict=True))[: job.recipe.eval.sample_prompts]:
+        emit_sample(job, step, eval_set.name, prompt, text)
+    return {f"{eval_set.prefix}{name}": sum(scores) / len(scores)}
+
+
+def sample(job: "Job", step: int) -> None:
+    """A few answers at the recipe's temperature, to be read."""
+    prompts = job.sample_prompts
+    if not prompts:
+        return
+    texts = spread(job, prompts, step, temperature=job.recipe.generation.temperature)
+    for prompt, text in zip(prompts, texts, strict=True):
+        emit_sample(job, step, "", prompt, text)
+
+
+def emit_sample(job: "Job", step: int, name: str, prompt: Prompt, text: str) -> None:
+    fields: dict[str, Any] = {"prompt": prompt.text, "answer": text, "reference": prompt.answer, "row": prompt.source}
+    job.emit(job.event("sample", step, **({"set": name} if name else {}), **fields))
+
+
+def spread(job: "Job", prompts: Sequence[Prompt], step: int, *, temperature: float) -> list[str]:
+    """Answers to all prompts, each process answering its share. Collective."""
+    own = answers(
+        job.generator,
+        job.tokenizer,
+        prompts[job.rank :: job.world],
+        stop_ids=job.stop_ids,
+        max_new_tokens=job.recipe.generation.max_new_tokens,
+        temperature=temperature,
+        top_p=job.recipe.generation.top_p,
+        seed=job.recipe.seed + step,
+    )
+    shares = job.gather(own)
+    texts = [""] * len(prompts)
+    for rank, share in enumerate(shares):
+        texts[rank :: job.world] = share
+    return texts

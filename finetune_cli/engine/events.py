@@ -1,0 +1,86 @@
+"""What a run says: metrics.jsonl, trackers, and whoever listens."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune_cli.errors import MachineError
+from finetune_cli.recipe.sections import Logging
+
+Sink = Callable[[dict[str, Any]], None]
+WRITTEN = {"train", "eval", "health", "sample", "checkpoint"}
+"""Events of metrics.jsonl; the others are for the screen."""
+
+
+class Journal:
+    """metrics.jsonl: one JSON object a line, flushed. A resumed run cuts it back to its checkpoint's step."""
+
+    def __init__(self, path: Path, *, keep_through: int | None) -> None:
+        self.path = path
+        self.lines = _kept(path, keep_through)
+        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] in WRITTEN:
+            self.lines.append(event)
+            self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _kept(path: Path, keep_through: int | None) -> list[dict[str, Any]]:
+    if keep_through is None or not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [line for line in lines if line["step"] <= keep_through]
+
+
+class Trackers:
+    """TensorBoard and the others accelerate knows. Numbers of train and eval events, under their own names."""
+
+    def __init__(self, logging: Logging, run: Path, config: dict[str, Any]) -> None:
+        self.trackers = [_tracker(name, logging, run) for name in logging.report_to if name != "none"]
+        for tracker in self.trackers:
+            tracker.store_init_configuration(config)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] in ("train", "eval"):
+            numbers = {k: v for k, v in event.items() if isinstance(v, int | float) and k not in ("step",)}
+            for tracker in self.trackers:
+                tracker.log(numbers, step=event["step"])
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+def _tracker(name: str, logging: Logging, run: Path) -> Any:
+    """Raises MachineError for a tracker that accelerate does not know or whose package is not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    if name not in LOGGER_TYPE_TO_CLASS:
+        known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+        raise MachineError(f"logging.report_to {name!r} is not a tracker", f"Known: none, {known}.")
+    kwargs = {"logging_dir": str(run / "tensorboard")} if name == "tensorboard" else {}
+    try:
+        if name == "tensorboard":
+            tracker = LOGGER_TYPE_TO_CLASS[name](".", **kwargs)
+        else:
+            named = {"name": logging.run_name} if name == "wandb" and logging.run_name else {}
+            tracker = LOGGER_TYPE_TO_CLASS[name](logging.project or "finetune", **named)
+        tracker.start()
+    except ImportError as error:
+        raise MachineError(f"logging.report_to {name} needs a package: {error}", f"pip install {name}") from error
+    return tracker
+
+
+def fan_out(sinks: Sequence[Sink]) -> Sink:
+    def emit(event: dict[str, Any]) -> None:
+        for sink in sinks:
+            sink(event)
+
+    return emit

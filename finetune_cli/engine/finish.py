@@ -1,0 +1,91 @@
+"""The end of a run: the result in the run folder, its report and its model card."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from finetune_cli.engine import checkpoint
+from finetune_cli.engine.job import Job
+from finetune_cli.engine.loop import Progress
+
+NOT_THE_RESULT = ("optimizer.pt", "scheduler.pt", "scaler.pt", checkpoint.MANIFEST, "trainer_state.json")
+
+
+def finish(job: Job, progress: Progress, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Copy the best (or last) checkpoint's model into the run folder and write report.json. First process only."""
+    step = chosen(job, progress)
+    source = job.plan.run / f"{checkpoint.PREFIX}{step}"
+    for path in source.iterdir():
+        if path.name not in NOT_THE_RESULT and not path.name.startswith("rng_"):
+            shutil.copy2(path, job.plan.run / path.name)
+    report = make_report(job, progress, step)
+    write_json(job.plan.run / "report.json", report)
+    state = {"global_step": progress.step, "epoch": progress.step / job.schedule.steps_per_epoch, "log_history": lines}
+    write_json(job.plan.run / "trainer_state.json", state)
+    (job.plan.run / "README.md").write_text(card(job, report), encoding="utf-8")
+    return report
+
+
+def chosen(job: Job, progress: Progress) -> int:
+    """The step whose weights are the result."""
+    best = progress.best[1] if progress.best is not None else None
+    return best if best is not None and job.plan.resolved.load_best_model_at_end else progress.step
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Beside, then renamed: a reader never sees half a file."""
+    beside = path.with_name(path.name + ".writing")
+    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    beside.replace(path)
+
+
+def make_report(job: Job, progress: Progress, step: int) -> dict[str, Any]:
+    plan = job.plan
+    return {
+        "status": "finished",
+        "method": plan.recipe.method.name,
+        "model": plan.recipe.model.name_or_path,
+        "rows": job.data.report,
+        "tokens": {"total": progress.num_tokens, "trained": progress.trained_tokens},
+        "steps": progress.step,
+        "seconds": progress.seconds,
+        "tokens_per_second": progress.num_tokens / progress.seconds if progress.seconds else None,
+        "peak_memory_gib": sum(job.peaks),
+        "estimated_memory_gib": None,
+        "first": progress.first,
+        "last": progress.last,
+        "result": {"checkpoint": f"{checkpoint.PREFIX}{step}", "step": step, "is": why(job, step, progress)},
+        "versions": plan.versions,
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def why(job: Job, step: int, progress: Progress) -> str:
+    if progress.best is not None and step == progress.best[1] and job.plan.resolved.load_best_model_at_end:
+        return "best"
+    return "last"
+
+
+def card(job: Job, report: dict[str, Any]) -> str:
+    """A model card: what was trained on what, and the numbers before and after."""
+    recipe, adapted = job.plan.recipe, (job.plan.run / "adapter_config.json").exists()
+    library = "peft" if adapted else "transformers"
+    base = recipe.model.name_or_path
+    rows = "".join(
+        f"| {name} | {value:.4g} | {report['last'][name]:.4g} |\n"
+        for name, value in report["first"].items()
+        if name.startswith("eval_")
+    )
+    table = f"| | before | after |\n|---|---|---|\n{rows}" if rows else ""
+    return (
+        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: [finetune, {recipe.method.name}]\n---\n\n"
+        f"# {job.plan.run.name}\n\n"
+        f"{'An adapter for' if adapted else 'A fine-tuned copy of'} `{Path(base).name if '/' in base else base}`, "
+        f"trained with {recipe.method.name} on {report['rows']['kept']} rows "
+        f"({report['tokens']['trained']} trained tokens, {report['steps']} steps of "
+        f"{job.plan.resolved.global_batch_size} rows). The weights are those of step {report['result']['step']} "
+        f"({report['result']['is']}).\n\n{table}\n"
+        f"Learning rate {job.plan.resolved.learning_rate}, {job.plan.resolved.precision}. The whole recipe is in "
+        f"`recipe.yaml`, every number in `metrics.jsonl`.\n"
+    )

@@ -1,0 +1,86 @@
+"""Answers: batched generation with transformers' own generate."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from finetune_cli.types import Prompt
+
+BATCH = 50
+"""Prompts answered together. Of alike lengths, so padding is small; memory is bound by the cache of keys and values."""
+
+
+@torch.no_grad()
+def answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """The text that follows each prompt, stop token left out, in the order of `prompts`. Temperature 0 is greedy.
+
+    The draw depends on `seed` alone and leaves the run's own random state as it was.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    texts = [""] * len(prompts)
+    training, use_cache = model.training, model.config.use_cache
+    model.eval()
+    model.config.use_cache = True
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    with torch.random.fork_rng(devices=_cuda()), half_copies(model):
+        torch.manual_seed(seed)
+        for start in range(0, len(order), BATCH):
+            some = order[start : start + BATCH]
+            found = _batch(model, tokenizer, [prompts[i].ids for i in some], stop_ids, max_new_tokens, drawn)
+            for i, ids in zip(some, found, strict=True):
+                texts[i] = tokenizer.decode(ids, skip_special_tokens=False)
+    model.config.use_cache = use_cache
+    model.train(training)
+    return texts
+
+
+@contextmanager
+def half_copies(model: Any) -> Iterator[None]:
+    """Trained float32 weights as copies in the format of the frozen ones, for the time of generation: what autocast
+    makes of them at every call, made once."""
+    dtypes = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
+    half = next((d for d in dtypes if d in (torch.bfloat16, torch.float16)), None)
+    masters = [(p, p.data) for p in model.parameters() if p.requires_grad] if half is not None else []
+    try:
+        for p, _ in masters:
+            p.data = p.data.to(half)
+        yield
+    finally:
+        for p, master in masters:
+            p.data = master
+
+
+def _cuda() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
+def _batch(
+    model: Any, tokenizer: Any, prompts: list[list[int]], stop_ids: Sequence[int], limit: int, drawn: dict[str, Any]
+) -> list[list[int]]:
+    """Left-padded, so that every answer starts at the same place; pads are masked by length."""
+    from transformers import GenerationConfig
+
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0] if stop_ids else 0
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    config = GenerationConfig(max_new_tokens=limit, pad_token_id=pad, eos_token_id=list(stop_ids) or None, **drawn)
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    return [_until_stop(answer, stop_ids) for answer in out]
+
+
+def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    end = next((n for n, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[:end]

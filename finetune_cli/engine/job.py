@@ -1,0 +1,156 @@
+"""A job: everything a run holds in memory, built once from the plan."""
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune_cli.data.batches import Batch, Schedule
+from finetune_cli.data.encode import Encoded
+from finetune_cli.engine import checkpoint
+from finetune_cli.engine.events import Sink
+from finetune_cli.engine.metrics import Metric
+from finetune_cli.methods import Method
+from finetune_cli.plan.resolve import Plan
+from finetune_cli.recipe.sections import Recipe
+from finetune_cli.types import Prompt, Row, Scores
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One evaluation set; `name` is empty for the unnamed one."""
+
+    name: str
+    rows: list[Row]
+    prompts: list[Prompt]
+
+    @property
+    def prefix(self) -> str:
+        return f"eval_{self.name}_" if self.name else "eval_"
+
+
+@dataclass
+class Job:
+    """The state of a run that is not its progress."""
+
+    plan: Plan
+    accelerator: Any
+    tokenizer: Any
+    policy: nn.Module
+    """The wrapped Role."""
+    optimizer: Any
+    scheduler: Any
+    data: Encoded
+    eval_sets: list[EvalSet]
+    sample_prompts: list[Prompt]
+    stop_ids: list[int]
+    schedule: Schedule
+    total_steps: int
+    metric: tuple[str, Metric] | None
+    sink: Sink
+    trained: list[nn.Parameter] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+    """Peak memory of every process, GiB; filled in at the end."""
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    @property
+    def method(self) -> Method:
+        return self.plan.recipe.method
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.data.rows
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.stop_ids[0] if self.stop_ids else 0)
+
+    @property
+    def generator(self) -> Any:
+        """The bare model with its adapters, for generation."""
+        return self.accelerator.unwrap_model(self.policy).model
+
+    def models(self, role: str, batch: Batch) -> Scores:
+        assert role == "policy"
+        scores: Scores = self.policy(batch)
+        return scores
+
+    def emit(self, event: dict[str, Any]) -> None:
+        """Only the first process speaks."""
+        if self.accelerator.is_main_process:
+            self.sink(event)
+
+    def event(self, kind: str, step: int, **fields: Any) -> dict[str, Any]:
+        return {"event": kind, "step": step, "epoch": round(step / self.schedule.steps_per_epoch, 4), **fields}
+
+    def sum_over_processes(self, flat: Tensor) -> list[float]:
+        if self.world == 1:
+            return [float(x) for x in flat]
+        where = flat.to(self.device)
+        return [float(x) for x in self.accelerator.reduce(where, reduction="sum")]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in order of rank."""
+        if self.world == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return list(gather_object([value]))
+
+    def synchronize(self) -> None:
+        """Wait for the device before the clock is read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def memory_gib(self) -> float:
+        """Peak: resident set on CPU, tensors on CUDA; of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+    def merit(self, numbers: Mapping[str, float]) -> float | None:
+        """What the best checkpoint is chosen by, higher is better: the metric where there is one, else minus the
+        loss; the mean over the sets."""
+        key = self.metric[0] if self.metric is not None else "loss"
+        values = [numbers[f"{s.prefix}{key}"] for s in self.eval_sets if f"{s.prefix}{key}" in numbers]
+        if not values:
+            return None
+        return sum(values) / len(values) * (1 if self.metric is not None else -1)
+
+    def save(self, progress: Any) -> None:
+        """Write a checkpoint and remove what is beyond the limit. Collective."""
+        rngs = self.gather(checkpoint.rng_state())
+        if self.accelerator.is_main_process:
+            folder = self.plan.run / f"{checkpoint.PREFIX}{progress.step}"
+            training = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+            training |= {f"rng_{rank}": rng for rank, rng in enumerate(rngs)}
+            scaler = self.accelerator.scaler
+            training |= {"scaler": scaler.state_dict()} if scaler is not None else {}
+            state = {"global_step": progress.step, "max_steps": self.total_steps, "progress": progress.to_json()}
+            checkpoint.write(folder, model=self.generator, tokenizer=self.tokenizer, training=training, state=state)
+            best = progress.best[1] if progress.best is not None else None
+            checkpoint.prune(self.plan.run, keep=self.recipe.save.save_total_limit, best=best)
+        self.emit(self.event("checkpoint", progress.step, path=f"{checkpoint.PREFIX}{progress.step}"))
+        self.accelerator.wait_for_everyone()

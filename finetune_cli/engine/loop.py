@@ -1,0 +1,211 @@
+"""The one training loop: steps, evaluations, checkpoints, in the order they happen."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from finetune_cli.data.batches import Batch, counts_of, padded, silent
+from finetune_cli.engine.evaluate import evaluate
+from finetune_cli.engine.job import Job
+from finetune_cli.errors import TrainError
+from finetune_cli.types import Counts
+
+
+class Sums:
+    """Sums and counts of logged numbers, over batches and then over processes; one division at the end."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Any]] = defaultdict(lambda: [0.0, 0.0])
+
+    def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
+        for name, (total, count) in metrics.items():
+            self._sums[name][0] += total
+            self._sums[name][1] += count
+
+    def means(self, job: Job) -> dict[str, float]:
+        """Collective: every process must call it with the same names."""
+        names = sorted(self._sums)
+        flat = torch.tensor([float(x) for name in names for x in self._sums[name]], dtype=torch.float64)
+        total = job.sum_over_processes(flat)
+        self._sums.clear()
+        return {name: total[2 * i] / total[2 * i + 1] for i, name in enumerate(names) if total[2 * i + 1]}
+
+
+@dataclass
+class Clock:
+    """Time and tokens of the optimiser steps since the last line; evaluations and saves are not counted."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+
+    def take(self) -> tuple[float, int]:
+        taken = self.seconds, self.tokens
+        self.seconds, self.tokens, self.steps = 0.0, 0, 0
+        return taken
+
+
+@dataclass
+class Progress:
+    """Where a run is, and what it has seen. `step` counts finished optimiser steps."""
+
+    step: int = 0
+    num_tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    best: tuple[float, int] | None = None
+    """(value where higher is better, step)"""
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "best": list(self.best) if self.best else None}
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> "Progress":
+        return cls(**{**state, "best": tuple(state["best"]) if state["best"] else None})
+
+
+def due(step: int, every: float, total: int) -> bool:
+    """Whether something that happens every `every` steps (a share of the run below 1) happens after `step`."""
+    period = max(1, round(every * total)) if every < 1 else int(every)
+    return step % period == 0
+
+
+def optimiser_step(job: Job, step: int, *, measure: bool, sums: Sums) -> tuple[float, Counts, int]:
+    """One step: (gradient norm before clipping, counts, tokens computed), the latter two over all processes."""
+    indices = job.schedule.step(step)
+    counts = counts_of([job.rows[i] for i in indices])
+    window = list(job.schedule.window(step, rank=job.rank, world=job.world))
+    for number, own in enumerate(window):
+        for batch in job.method.steps(layout(job, own, fill=indices[-1], measure=measure), job.models):
+            wait = nullcontext() if number == len(window) - 1 else job.accelerator.no_sync(job.policy)
+            with wait:
+                loss = job.method.loss(batch, job.models, counts)
+                job.accelerator.backward(loss.total * job.world)  # DDP averages; the sum is wanted
+            sums.add(loss.metrics)
+    limit = job.recipe.train.max_grad_norm or math.inf
+    norm = float(job.accelerator.clip_grad_norm_(job.trained, limit))
+    if math.isfinite(norm) or job.plan.resolved.precision == "fp16":  # the fp16 scaler skips such steps by itself
+        job.optimizer.step()
+    if not job.accelerator.optimizer_step_was_skipped:
+        job.scheduler.step()
+    job.optimizer.zero_grad()
+    return norm, counts, sum(job.rows[i].length for i in indices)
+
+
+def layout(job: Job, own: list[int], *, fill: int, measure: bool) -> Batch:
+    """A process without rows of its own computes another's, silently: collectives need everyone."""
+    rows = [job.rows[i] for i in own] or [silent(job.rows[fill])]
+    batch = padded(rows, job.pad_id).to(job.device)
+    batch.measure = measure
+    return batch
+
+
+def train(job: Job, progress: Progress) -> Progress:
+    """Run from `progress.step` to the end."""
+    sums, clock = Sums(), Clock()
+    if progress.step == 0:
+        look(job, progress, final=job.total_steps == 0)
+    job.policy.train()
+    while progress.step < job.total_steps:
+        logged = due(progress.step + 1, job.recipe.logging.logging_steps, job.total_steps)
+        logged = logged or progress.step + 1 in (1, job.total_steps)
+        started = time.perf_counter()
+        learning_rate = job.scheduler.get_last_lr()[0]
+        norm, counts, tokens = optimiser_step(job, progress.step, measure=logged, sums=sums)
+        job.synchronize()
+        clock.seconds += time.perf_counter() - started
+        clock.tokens += tokens
+        advance(progress, counts, tokens, time.perf_counter() - started)
+        watch(job, progress, norm)
+        if logged:
+            log(job, progress, sums, clock, grad_norm=norm, learning_rate=learning_rate)
+        job.emit({"event": "progress", "step": progress.step, "total": job.total_steps})
+        after(job, progress)
+    return progress
+
+
+def advance(progress: Progress, counts: Counts, tokens: int, seconds: float) -> None:
+    progress.step += 1
+    progress.num_tokens += tokens
+    progress.trained_tokens += counts.tokens
+    progress.seconds += seconds
+
+
+def watch(job: Job, progress: Progress, norm: float) -> None:
+    """Stop at a gradient that is not a number, before anything of it is saved."""
+    if math.isfinite(norm) or job.plan.resolved.precision == "fp16":
+        return
+    rows = [job.rows[i].source for i in job.schedule.step(progress.step - 1)]
+    message = f"the gradient of step {progress.step} is not finite"
+    job.emit(job.event("health", progress.step, rule="nan", message=message, rows=rows))
+    raise TrainError(
+        f"{message} (rows {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''})",
+        "Look at these rows, lower train.learning_rate, or use train.precision: fp32. "
+        "The weights were not changed by this step; the last checkpoint is good.",
+    )
+
+
+def log(job: Job, progress: Progress, sums: Sums, clock: Clock, *, grad_norm: float, learning_rate: float) -> None:
+    means = sums.means(job)
+    seconds, tokens = clock.take()
+    numbers = {
+        **means,
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "num_tokens": progress.num_tokens,
+        "tokens_per_second": tokens / seconds,
+        "memory_gib": job.memory_gib(),
+        "seconds": seconds,
+    }
+    if not math.isfinite(means.get("loss", 0.0)):
+        raise TrainError(f"the loss of step {progress.step} is {means['loss']}", "Lower train.learning_rate.")
+    keep(progress, means)
+    job.emit(job.event("train", progress.step, **numbers))
+
+
+def keep(progress: Progress, numbers: Mapping[str, float]) -> None:
+    for name, value in numbers.items():
+        progress.first.setdefault(name, value)
+        progress.last[name] = value
+
+
+def after(job: Job, progress: Progress) -> None:
+    """What happens between steps: evaluation, then a checkpoint where one is due or this one is the best."""
+    step, total, final = progress.step, job.total_steps, progress.step == job.total_steps
+    setting = job.recipe.eval
+    epoch_ends = step % job.schedule.steps_per_epoch == 0
+    wanted = {"no": False, "epoch": epoch_ends, "steps": due(step, setting.eval_steps, total)}[setting.eval_strategy]
+    improved = look(job, progress, final=final) if wanted or (final and setting.eval_strategy != "no") else False
+    keep_best = improved and job.plan.resolved.load_best_model_at_end
+    if final or keep_best or due(step, job.recipe.save.save_steps, total):
+        job.save(progress)
+    job.policy.train()
+
+
+def look(job: Job, progress: Progress, *, final: bool) -> bool:
+    """Evaluate; True where it is the best so far (step 0 is the bar, not a candidate)."""
+    if job.recipe.eval.eval_strategy == "no":
+        return False
+    numbers = evaluate(job, progress.step, final=final)
+    if not numbers:
+        return False
+    keep(progress, numbers)
+    value = job.merit(numbers)
+    if progress.step == 0 or value is None:
+        return False
+    if progress.best is None or value > progress.best[0]:
+        progress.best = (value, progress.step)
+        return True
+    return False
+
+
+def total_steps(steps_per_epoch: int, epochs: float, max_steps: int | None) -> int:
+    return max_steps if max_steps is not None else max(1, math.ceil(epochs * steps_per_epoch))

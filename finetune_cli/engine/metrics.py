@@ -1,0 +1,64 @@
+"""Generation metrics: what an answer is worth beside the data's own."""
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune_cli.errors import RecipeError, TrainError
+
+Metric = Callable[[Sequence[str], Sequence[str]], list[float]]
+"""(answers, references) -> one number each, higher is better."""
+
+
+def exact_match(answers: Sequence[str], references: Sequence[str]) -> list[float]:
+    """1 where the answer is the reference, white space at both ends aside."""
+    return [float(a.strip() == r.strip()) for a, r in zip(answers, references, strict=True)]
+
+
+def json_match(answers: Sequence[str], references: Sequence[str]) -> list[float]:
+    """1 where both are the same JSON value, whatever their spacing and key order."""
+    return [float(_same_json(a, r)) for a, r in zip(answers, references, strict=True)]
+
+
+def _same_json(answer: str, reference: str) -> bool:
+    wanted = json.loads(reference)
+    try:
+        return bool(json.loads(answer) == wanted)
+    except (ValueError, RecursionError):
+        return False
+
+
+NAMED: dict[str, Metric] = {"exact_match": exact_match, "json_match": json_match}
+
+
+def find(metric: str) -> tuple[str, Metric]:
+    """(its name in logs, the function). `file.py:function` runs the user's own file."""
+    if metric in NAMED:
+        return metric, NAMED[metric]
+    file, _, name = metric.rpartition(":")
+    if not file.endswith(".py") or not Path(file).exists():
+        raise RecipeError(
+            f"eval.metric {metric!r} is not known", f"Use {', '.join(NAMED)} or path/to/file.py:function."
+        )
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function: Any = vars(module).get(name)
+    if not callable(function):
+        raise RecipeError(f"{file} has no function {name!r}", "eval.metric is file.py:function(answers, references).")
+    return name, function
+
+
+def judge(name: str, metric: Metric, answers: Sequence[str], references: Sequence[str]) -> list[float]:
+    """The metric's numbers, checked. Raises TrainError where it does not give one finite number for each answer."""
+    scores = [float(score) for score in metric(answers, references)]
+    if len(scores) != len(answers) or not all(s == s and abs(s) != float("inf") for s in scores):
+        raise TrainError(
+            f"eval.metric {name} gave {len(scores)} numbers for {len(answers)} answers, or one that is not finite",
+            "Return a list with one finite number for each answer.",
+        )
+    return scores

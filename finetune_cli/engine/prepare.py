@@ -1,0 +1,156 @@
+"""From a plan to a job: tokens first, then processes, then weights."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune_cli.data.batches import Schedule
+from finetune_cli.data.chat import Chat
+from finetune_cli.data.rows import RowSets
+from finetune_cli.engine import checkpoint, metrics, models, optim
+from finetune_cli.engine.events import Sink
+from finetune_cli.engine.job import EvalSet, Job
+from finetune_cli.engine.loop import Progress, total_steps
+from finetune_cli.engine.lora import sizes
+from finetune_cli.engine.role import Role
+from finetune_cli.errors import ModelError, TrainError
+from finetune_cli.log import LOGGER
+from finetune_cli.plan.facts import Facts
+from finetune_cli.plan.resolve import Plan
+from finetune_cli.recipe.sections import Recipe
+
+
+@dataclass(frozen=True)
+class Words:
+    """A model's tokenizer with its chat template, before any weight is read."""
+
+    location: models.Location
+    tokenizer: Any
+    stops: list[int]
+    """Ids that end a turn at inference: the tokenizer's and those of the generation configuration."""
+    chat: Chat
+
+
+def bind(recipe: Recipe, facts: Facts) -> Words:
+    """The tokenizer that a recipe's rows are rendered and encoded with."""
+    location = models.locate(recipe.model, base_of_adapter=facts.base)
+    tokenizer = models.load_tokenizer(recipe.model, location)
+    stops = models.declared_stops(location, tokenizer)
+    chat = Chat.bind(tokenizer, stop_ids=stops, template_mismatch=recipe.data.template_mismatch)
+    return Words(location, tokenizer, stops, chat)
+
+
+def accelerator(plan: Plan) -> Any:
+    """Started under a launcher it joins the others; alone it is one process."""
+    from accelerate import Accelerator
+
+    precision = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}[plan.resolved.precision]
+    return Accelerator(mixed_precision=precision, cpu=plan.machine.device == "cpu")
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Every process draws its own dropout; weights are drawn under the recipe's seed alone."""
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+def build(plan: Plan, words: Words, sets: RowSets, sink: Sink, *, resume: Path | None) -> tuple[Job, Progress]:
+    """Weights, optimiser and schedule; from `resume` where a run goes on."""
+    recipe, acc = plan.recipe, accelerator(plan)
+    location = words.location if resume is None else resumed(words.location, resume, recipe.lora is not None)
+    torch.manual_seed(recipe.seed)
+    model = models.load_policy(plan, location)
+    check_vocabulary(model, words.tokenizer)
+    role = Role(model)
+    trained, every = sizes(role)
+    optimizer = optim.build(role, recipe.train, plan.resolved.learning_rate)
+    policy, optimizer = acc.prepare(role, optimizer)
+    rows = sets.train
+    schedule = Schedule(
+        lengths=[row.length for row in rows.rows],
+        global_batch_size=plan.resolved.global_batch_size,
+        per_device_batch_size=recipe.train.per_device_train_batch_size,
+        seed=recipe.seed,
+        shuffle=recipe.data.shuffle,
+    )
+    total = total_steps(schedule.steps_per_epoch, recipe.train.num_train_epochs, recipe.train.max_steps)
+    job = Job(
+        plan=plan,
+        accelerator=acc,
+        tokenizer=words.tokenizer,
+        policy=policy,
+        optimizer=optimizer,
+        scheduler=optim.schedule(optimizer, recipe.train, total),
+        data=rows,
+        eval_sets=[
+            EvalSet(name, encoded.rows, prompts[: recipe.eval.metric_rows])
+            for name, (encoded, prompts) in sets.evals.items()
+        ],
+        sample_prompts=sample_prompts(sets, recipe.eval.sample_prompts),
+        stop_ids=words.stops,
+        schedule=schedule,
+        total_steps=total,
+        metric=metrics.find(recipe.eval.metric) if recipe.eval.metric is not None else None,
+        sink=sink,
+        trained=[p for _, p in optim.named_trained(policy)],
+    )
+    seed_everything(recipe.seed, job.rank)
+    job.emit({"event": "start", "total": total, "trained": trained, "weights": every, "device": str(acc.device)})
+    return job, Progress() if resume is None else restore(job, resume)
+
+
+def resumed(location: models.Location, folder: Path, adapted: bool) -> models.Location:
+    """Where the weights of a checkpoint are: its adapter on the same base, or itself."""
+    if adapted or location.adapter is not None:
+        return models.Location(location.name, location.kwargs, adapter=str(folder))
+    return models.Location(str(folder), {"trust_remote_code": location.kwargs.get("trust_remote_code", False)})
+
+
+def restore(job: Job, folder: Path) -> Progress:
+    """Optimiser, schedule, generators and place of a checkpoint. Raises TrainError where it was another run's."""
+    parts = ["optimizer", "scheduler", f"rng_{job.rank}"] + (["scaler"] if job.accelerator.scaler is not None else [])
+    training = checkpoint.load_training(folder, parts)
+    state = checkpoint.state(folder)
+    if state["max_steps"] != job.total_steps:
+        raise TrainError(
+            f"{folder.name} belongs to a run of {state['max_steps']} steps, this one has {job.total_steps}",
+            "Resume with the recipe it was written with, or start anew with --overwrite.",
+        )
+    job.optimizer.load_state_dict(training["optimizer"])
+    job.scheduler.load_state_dict(training["scheduler"])
+    if "scaler" in training:
+        job.accelerator.scaler.load_state_dict(training["scaler"])
+    checkpoint.set_rng_state(training[f"rng_{job.rank}"])
+    return Progress.from_json(state["progress"])
+
+
+def sample_prompts(sets: RowSets, number: int) -> list[Any]:
+    """From the evaluation sets where there are any, else from the training rows."""
+    pools = [prompts for _, prompts in sets.evals.values()] or [sets.train_prompts]
+    return [prompt for pool in pools for prompt in pool][:number]
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Raises ModelError where the tokenizer has ids that the embedding has no row for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ModelError(
+            f"the tokenizer has ids up to {highest}, the model's embedding has {rows} rows",
+            "Use the tokenizer that belongs to the model; adding tokens comes with a later version.",
+        )
+
+
+def whole_checkpoint(run: Path) -> Path | None:
+    """The newest undamaged checkpoint; damaged ones are named and passed over."""
+    for folder in reversed(checkpoint.found(run)):
+        problem = checkpoint.damage(folder)
+        if problem is None:
+            return folder
+        LOGGER.warning("%s is passed over: %s", folder.name, problem)
+    return None

@@ -1,0 +1,46 @@
+"""Supervised fine-tuning: the log-likelihood of answers, summed over tokens and divided once.
+
+    L = sum over supervised tokens t of -log p(y_t | y_<t) / N
+
+N counts the supervised tokens of the whole optimiser step, over all its batches and processes, so that batch size,
+accumulation and the number of processes leave the gradient as it is.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+from finetune_cli.methods.base import LearningRates, Method
+from finetune_cli.types import Counts, Layout, Loss, Models, Render, Row
+
+
+class Sft(Method):
+    """Supervised fine-tuning on conversations, prompts with completions, or text."""
+
+    name: Literal["sft"] = "sft"
+    """The method."""
+    loss_on: Literal["assistant", "last_assistant", "completion", "all"] | None = None
+    """Tokens that are trained: every assistant turn, the last one, the completion, or all. Not given: assistant for
+    messages, completion for prompt + completion, all for text."""
+    packing: bool = False
+    """Fill bins of `data.max_length` tokens with whole rows, which never see one another."""
+
+    summary: ClassVar = "supervised fine-tuning: learn to give the answers in the data"
+    shapes: ClassVar = ("messages", "completion", "text")
+    lora_rates: ClassVar = LearningRates(default=2e-4, low=2e-5, high=5e-4)
+    full_rates: ClassVar = LearningRates(default=2e-5, low=1e-6, high=5e-5)
+
+    def encode(self, row: Mapping[str, Any], shape: str, render: Render) -> Iterator[Row]:
+        if shape == "messages":
+            return render.conversation(row, loss_on=self.loss_on or "assistant")
+        if shape == "completion":
+            return render.completion(row, loss_on=self.loss_on or "completion")
+        return render.text(row)
+
+    def loss(self, batch: Layout, models: Models, counts: Counts) -> Loss:
+        scores = models("policy", batch)
+        nll = -scores.logps_N.sum()
+        metrics: dict[str, Any] = {"loss": (nll.detach(), batch.counts.tokens)}
+        if scores.correct_N is not None and scores.entropy_N is not None:
+            metrics["mean_token_accuracy"] = (scores.correct_N.sum(), batch.counts.tokens)
+            metrics["entropy"] = (scores.entropy_N.sum(), batch.counts.tokens)
+        return Loss(nll / counts.tokens, metrics)

@@ -1,0 +1,273 @@
+"""What people see: the plan, the problems, the live run; plain lines where there is no terminal."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from finetune_cli.errors import FinetuneError, Problem
+from finetune_cli.plan.resolve import Plan, leaves
+
+Sink = Callable[[dict[str, Any]], None]
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def error(failure: FinetuneError) -> None:
+    """An error on one screen: every problem on a line, then what to do."""
+    for problem in failure.problems:
+        err.print(problem_line(problem))
+    count = sum(p.severity == "error" for p in failure.problems)
+    text = failure.message if not count else f"{count} problem{'s' if count > 1 else ''}: {failure.message}"
+    err.print(f"[bold red]{failure.kind}[/]  {escape(text)}")
+    if failure.hint:
+        err.print(f"  {escape(failure.hint)}")
+
+
+def problem_line(problem: Problem) -> Text:
+    """`file:line:col  key  what is wrong; what to do`, the same text with and without colours."""
+    colour = "red" if problem.severity == "error" else "yellow"
+    text = Text(str(problem) + (f"  [{problem.rule}]" if problem.rule else ""))
+    if problem.key:
+        text.highlight_words([problem.key], style=f"bold {colour}")
+    return text
+
+
+def origins(plan: Plan) -> None:
+    """Every value with where it comes from."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("key", "value", "origin"):
+        table.add_column(column, overflow="fold")
+    for key, value in effective(plan).items():
+        origin = plan.origins.get(key, "default")
+        style = {"recipe": "", "default": "dim"}.get(origin, "cyan")
+        table.add_row(key, escape(_plain(value)), escape(origin), style=style)
+    out.print(table)
+
+
+def effective(plan: Plan) -> dict[str, Any]:
+    """Dotted key -> the value that the run uses."""
+    values = dict(leaves(plan.recipe.model_dump()))
+    resolved = plan.resolved.model_dump()
+    return {key: resolved.get(key.rpartition(".")[2], value) for key, value in values.items()} | {
+        key: resolved[key.rpartition(".")[2]]
+        for key in plan.origins
+        if key not in values and key.rpartition(".")[2] in resolved
+    }
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def header(plan: Plan) -> Panel:
+    """What was resolved, and why, before anything is loaded."""
+    recipe, resolved = plan.recipe, plan.resolved
+    per, acc, world = (
+        recipe.train.per_device_train_batch_size,
+        resolved.gradient_accumulation_steps,
+        resolved.num_processes,
+    )
+    lora = f"LoRA r={recipe.lora.r} on {_plain(recipe.lora.target_modules)}" if recipe.lora else "full fine-tuning"
+    if plan.facts.kind == "adapter":
+        lora = "the adapter goes on"
+    table = Table.grid(padding=(0, 2))
+    rows = {
+        "method": f"{recipe.method.name}, {lora}",
+        "model": f"{short(recipe.model.name_or_path)}, {resolved.precision}{_why(plan, 'train.precision')}",
+        "rows": ", ".join(short(source.path) for source in recipe.data.train),
+        "batch": f"{resolved.global_batch_size} rows = {per} per device x {acc} accumulated x {world} "
+        f"process{'es' if world > 1 else ''}",
+        "learning rate": f"{resolved.learning_rate:g}, {recipe.train.lr_scheduler_type}"
+        f"{_why(plan, 'train.learning_rate')}",
+        "attention": f"{resolved.attn_implementation}{_why(plan, 'model.attn_implementation')}",
+        "run folder": short(plan.output_dir),
+    }
+    for key, value in rows.items():
+        table.add_row(Text(key, style="bold"), Text(value))
+    return Panel(table, title="finetune", title_align="left", border_style="cyan", expand=False)
+
+
+def _why(plan: Plan, key: str) -> str:
+    origin = plan.origins.get(key, "")
+    return f" ({origin})" if origin.startswith("auto") else ""
+
+
+def short(path: str) -> str:
+    """Relative to the working directory where it is below it."""
+    p = Path(path)
+    return str(p.relative_to(Path.cwd())) if p.is_absolute() and p.is_relative_to(Path.cwd()) else path
+
+
+def screen(plan: Plan, *, as_json: bool) -> Sink:
+    """The sink of a run: JSON lines, a live bar on a terminal, or plain lines."""
+    if as_json:
+        return lambda event: print(json.dumps(event, ensure_ascii=False), flush=True)  # noqa: T201
+    return Screen(plan, out)
+
+
+class Screen:
+    """Follows a run. Lines stay, the bar below them moves; without a terminal there are only lines."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self.plan, self.console = plan, console
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.started = time.perf_counter()
+        self.samples: list[dict[str, Any]] = []
+        self.before: dict[int, str] = {}
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        handler = getattr(self, f"on_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+
+    def on_rows(self, event: dict[str, Any]) -> None:
+        for name, report in event["sets"].items():
+            self.console.print(f"[bold]{name}[/]  {escape(rows_line(report))}")
+
+    def on_start(self, event: dict[str, Any]) -> None:
+        share = event["trained"] / event["weights"]
+        self.console.print(
+            f"[bold]weights[/]  {event['trained']:,} of {event['weights']:,} are trained ({share:.2%}), "
+            f"{event['total']} steps on {event['device']}"
+        )
+        if self.console.is_terminal:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[last]}"))
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+            self.task = self.bar.add_task("train", total=event["total"], last="")
+            self.bar.start()
+
+    def on_progress(self, event: dict[str, Any]) -> None:
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=event["step"])
+
+    def on_train(self, event: dict[str, Any]) -> None:
+        line = train_line(event)
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, last=line)
+        self.console.print(f"step {event['step']:>5}  {line}")
+
+    def on_eval(self, event: dict[str, Any]) -> None:
+        numbers = {k: v for k, v in event.items() if k not in ("event", "step", "epoch")}
+        text = "  ".join(f"{k.removeprefix('eval_')} {v:.4g}" for k, v in numbers.items())
+        self.console.print(f"[green]eval[/] {event['step']:>5}  {escape(text)}")
+
+    def on_sample(self, event: dict[str, Any]) -> None:
+        self.samples.append(event)
+
+    def on_looked(self, event: dict[str, Any]) -> None:
+        """Samples are shown before training and at the end; in between they are in metrics.jsonl."""
+        if event["step"] == 0:
+            self.before = {s["row"]: s["answer"] for s in self.samples}
+        elif event["final"]:
+            for sample in self.samples:
+                self.console.print(sample_panel(sample, self.before.get(sample["row"])))
+        self.samples = []
+
+    def on_health(self, event: dict[str, Any]) -> None:
+        self.console.print(f"[yellow]health[/] {event['step']:>4}  {escape(event['message'])}")
+
+    def on_end(self, event: dict[str, Any]) -> None:
+        self.stop()
+        self.console.print(closing(self.plan, event["report"]))
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def rows_line(report: Mapping[str, Any]) -> str:
+    dropped = sum(report["dropped"].values())
+    causes = ", ".join(f"{n} {cause}" for cause, n in report["dropped"].items())
+    text = f"{report['kept']} of {report['read']} rows"
+    text += f", {dropped} dropped ({causes})" if dropped else ", none dropped"
+    return text + (f", {report['truncated']} cut" if report["truncated"] else "")
+
+
+def train_line(event: Mapping[str, Any]) -> str:
+    head = [f"{name} {event[name]:.4f}" for name in ("loss", "accuracy") if name in event]
+    head.append(f"grad {event['grad_norm']:.3g}")
+    head.append(f"lr {event['learning_rate']:.2e}")
+    head.append(f"{event['tokens_per_second']:,.0f} tokens/s")
+    head.append(f"{event['memory_gib']:.1f} GiB")
+    return "  ".join(head)
+
+
+def sample_panel(sample: Mapping[str, Any], before: str | None) -> Panel:
+    """One prompt with its answers before and after, and the data's own."""
+    table = Table.grid(padding=(0, 2))
+    rows = {"asked": sample["prompt"], "before": before, "after": sample["answer"], "wanted": sample["reference"]}
+    styles = {"asked": "", "before": "red", "after": "green", "wanted": "dim"}
+    for name, text in rows.items():
+        if text is not None:
+            table.add_row(Text(name, style="bold"), Text(_cut(text), style=styles[name]))
+    return Panel(table, border_style="dim")
+
+
+def _cut(text: str, limit: int = 400) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
+def closing(plan: Plan, report: Mapping[str, Any]) -> Group:
+    """Before and after, the result, and what to do next."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", "before", "after"):
+        table.add_column(column)
+    for name, value in report["first"].items():
+        if name.startswith("eval_") or name == "loss":
+            table.add_row(name, f"{value:.4g}", f"{report['last'][name]:.4g}")
+    run = short(str(plan.run))
+    lines = [
+        f"{report['steps']} steps in {report['seconds']:.0f} s of training, "
+        f"{report['tokens_per_second'] or 0:,.0f} tokens/s, peak memory {report['peak_memory_gib']:.1f} GiB",
+        f"the result is {report['result']['checkpoint']} ({report['result']['is']}), in {run}",
+        "next:",
+        f"  tensorboard --logdir {run}/tensorboard",
+        f"  {load_line(plan, run)}",
+    ]
+    return Group(table, Text("\n".join(lines)))
+
+
+def load_line(plan: Plan, run: str) -> str:
+    loader = "peft.AutoPeftModelForCausalLM" if plan.recipe.lora else "transformers.AutoModelForCausalLM"
+    return f'in Python: {loader}.from_pretrained("{run}")'
+
+
+def tokens(texts: Sequence[str], trained: Sequence[bool]) -> Text:
+    """Tokens in a row, what is trained in green, control characters visible."""
+    text = Text()
+    for n, (token, is_trained) in enumerate(zip(texts, trained, strict=True)):
+        style = ("black on green" if n % 2 else "black on bright_green") if is_trained else ("dim" if n % 2 else "")
+        visible = token.replace("\n", "⏎\n")
+        text.append(visible, style=style)
+    return text
+
+
+def to_stdout(value: Any) -> None:
+    """One JSON value on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def preview(item: Any) -> Group:
+    """One previewed branch: a line of facts, its tokens, and what is odd about it."""
+    if item.error is not None:
+        return Group(Text(f"row {item.row}  cannot be rendered: {item.error[1]}", style="red"), Text(""))
+    part = "" if item.part is None else f" part {item.part}"
+    head = f"row {item.row}{part} {item.branch}: {len(item.input_ids)} tokens, {sum(item.trained)} trained (green)"
+    lines = [Text(head, style="bold")]
+    if item.dropped is not None:
+        lines.append(Text(f"dropped: {item.dropped}", style="red"))
+    lines.append(tokens(item.pieces, item.trained))
+    lines += [Text(f"{name}: {message}", style="yellow") for name, message in item.warnings]
+    return Group(*lines, Text(""))

@@ -1,0 +1,99 @@
+"""What several tests need: a small real tokenizer, chat templates of the kinds there are, and short forms."""
+
+from functools import cache
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+QWEN3 = (  # as Qwen3: thinking is kept after the last user message only, and that turn always has a think block
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% set said = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% if '</think>' in m.content %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% else %}{% set thought = '' %}{% endif %}"
+    "{% if loop.index0 > ns.last and (loop.last or thought) %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ said }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}"
+    "<|Assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+MISTRAL = (  # ignores add_generation_prompt and wants user and assistant in turn
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+SPECIALS = [
+    "<|endoftext|>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|User|>", "<|Assistant|>", "[INST]", "[/INST]",
+]  # fmt: skip
+WORDS = [
+    "What is two plus two? It is four. And three? Thank you, the answer is five, as I said before.",
+    "Here is a longer text with words that come again and again, so that they become tokens of their own.",
+    "<think>\nLet me think about the question.\n</think>\n\nuser assistant system model tool",
+    '{"name": "add", "arguments": {"a": 1, "b": 2}} 0123456789 äöü 日本 🙂',
+]
+
+
+@cache
+def backend(specials: tuple[str, ...]) -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=list(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(WORDS * 4, trainer)
+    return str(tokenizer.to_str())
+
+
+def tiny_tokenizer(
+    template: str | None = CHATML, *, bos: str | None = None, eos: str = "<|im_end|>", more: tuple[str, ...] = ()
+) -> Any:
+    """A byte-level BPE tokenizer of about 700 tokens, trained here; `more` are further special tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    specials = tuple(dict.fromkeys((*SPECIALS, *more)))
+    own = Tokenizer.from_str(backend(specials))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token=bos, eos_token=eos, pad_token="<|endoftext|>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def said(*turns: str, first: str = "user") -> list[dict[str, Any]]:
+    """Messages of user and assistant in turn."""
+    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def trained_texts(tokenizer: Any, row: Any) -> list[str]:
+    """The text of every run of trained tokens of a row's first branch."""
+    branch, runs, before = row.branches[0], [], False
+    for token, trained in zip(branch.ids, branch.trained, strict=True):
+        if trained:
+            runs = runs if before else [*runs, []]
+            runs[-1].append(token)
+        before = trained
+    return [tokenizer.decode(run) for run in runs]

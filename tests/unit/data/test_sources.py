@@ -1,0 +1,287 @@
+"""Sources: every kind of file gives the same rows, every shape its canonical form, every mistake its place."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_cli.data.sources import EmptyValue, fingerprint, load, shape_of
+from finetune_cli.errors import DataError
+from finetune_cli.recipe.sections import Source
+from tests.helpers import said
+
+TALK = {"messages": said("one", "two")}
+CALL = '{"name": "add", "arguments": {"a": 1}}'
+CALLED = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+
+
+def written(folder: Path, *rows: Any, name: str = "train.jsonl") -> str:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def canonical(folder: Path, row: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    table = load(Source(path=written(folder, row), **settings))
+    return table.canonical(table.raws[0])
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_file(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c, d", "completion": "e\nf"}]
+    data = Dataset.from_list(rows)
+    written(tmp_path, *rows)
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    data.to_csv(tmp_path / "train.csv")
+    data.to_parquet(tmp_path / "train.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    DatasetDict({"test": data}).save_to_disk(tmp_path / "splits")
+    for name in ("train.jsonl", "train.json", "train.csv", "train.parquet", "saved"):
+        table = load(Source(path=str(tmp_path / name)), first=5)
+        assert [table.canonical(raw) for raw in table.raws] == rows, name
+        assert [raw.source for raw in table.raws] == [5, 6]
+    assert len(load(Source(path=str(tmp_path / "splits"), split="test")).raws) == 2
+    with pytest.raises(DataError, match="no split 'train'") as caught:
+        load(Source(path=str(tmp_path / "splits")))
+    assert "test" in caught.value.hint
+
+
+def test_arrow_nulls_below_the_columns_are_dropped(tmp_path):
+    from datasets import Dataset
+
+    rows = [
+        {"messages": said("one", "two")},
+        {"messages": [*said("one"), {"role": "assistant", "content": "x", "name": "Bo"}]},
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    table = load(Source(path=str(tmp_path / "train.parquet")))
+    assert [table.canonical(raw) for raw in table.raws] == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\n\n{"text": \n', "a.jsonl:3: not valid JSON (Expecting value at column 9)"),
+        ("a.jsonl", '{"text": "a"}\n7\n', "a.jsonl:2: is 7, expected an object"),
+        ("a.json", '[{"text": "a"},\n{"text" "b"}]', "a.json:2:9: not valid JSON (Expecting ':' delimiter)"),
+        ("a.json", '{"text": "a"}', "a.json is an object with text, expected a list of rows"),
+        ("a.json", '[{"text": "a"}, "b"]', "a.json row 1 is the text 'b', expected an object"),
+        ("a.csv", "prompt,completion\na,b\nc\n", "a.csv:3: fewer cells than the header's 2"),
+        ("a.csv", "prompt,completion\na,b,c\n", "a.csv:2: more cells than the header's 2"),
+        ("a.parquet", "no", "a.parquet is not a parquet file"),
+        ("a.jsonl", "", "a.jsonl has no rows"),
+    ],
+)
+def test_mistakes_in_files(tmp_path, monkeypatch, name, text, message):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text)
+    with pytest.raises(DataError) as caught:
+        load(Source(path=name))
+    assert caught.value.message.startswith(message)
+
+
+def test_all_bad_lines_at_once(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{\n{"text": "b"}\n[\n')
+    with pytest.raises(DataError) as caught:
+        load(Source(path=str(path)))
+    assert [problem.line for problem in caught.value.problems] == [2, 4]
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(DataError, match="there is no file"):
+        load(Source(path=str(tmp_path / "no.jsonl")))
+    with pytest.raises(DataError, match="cannot be loaded") as caught:
+        load(Source(path=str(tmp_path)))
+    assert "save_to_disk" in caught.value.hint
+    with pytest.raises(DataError, match="`split` and `name`"):
+        load(Source(path=written(tmp_path, TALK), split="train"))
+
+
+def test_utf8(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"text": "ä\u2028b"}\n'.encode())
+    table = load(Source(path=str(path)))
+    assert table.canonical(table.raws[0]) == {"text": "ä\u2028b"}
+    path.write_bytes(b'{"text": "\xe4"}\n')
+    with pytest.raises(DataError, match="not UTF-8"):
+        load(Source(path=str(path)))
+
+
+def test_fingerprint_follows_the_bytes(tmp_path):
+    source = Source(path=written(tmp_path, TALK))
+    before = fingerprint(source)
+    assert fingerprint(source) == before
+    written(tmp_path, TALK, TALK)
+    assert fingerprint(source) != before
+
+
+# --- shapes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "shape"),
+    [
+        ("messages id", "messages"),
+        ("conversations tools", "messages"),
+        ("prompt completion", "completion"),
+        ("instruction input output", "messages"),
+        ("text", "text"),
+        ("prompt chosen rejected", "pairs"),
+        ("chosen rejected", "pairs"),
+        ("prompt answer", "prompt"),
+        ("query", "prompt"),
+        ("question answer", None),
+    ],
+)
+def test_shape_of(columns, shape):
+    assert shape_of(columns.split()) == shape
+
+
+def test_a_method_sees_the_shapes_it_takes():
+    assert shape_of(["messages", "chosen", "rejected"]) == "pairs"
+    assert shape_of(["messages", "chosen", "rejected"], ("messages", "text")) == "messages"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (TALK, TALK),
+        ({"messages": {"role": "user", "content": "one"}}, {"messages": said("one")}),
+        ({"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]}, TALK),
+        ({"conversations": said("one", "two"), "system": ""}, TALK),
+        ({**TALK, "system": "S"}, {"messages": [{"role": "system", "content": "S"}, *said("one", "two")]}),
+        ({**TALK, "tools": ""}, TALK),
+        ({**TALK, "tools": '[{"name": "f"}]'}, {**TALK, "tools": [{"type": "function", "function": {"name": "f"}}]}),
+        ({**TALK, "chat_template_kwargs": {"a": 1}}, {**TALK, "chat_template_kwargs": {"a": 1}}),
+        (
+            {"conversations": [{"from": "function_call", "value": CALL}, {"from": "observation", "value": "3"}]},
+            {
+                "messages": [
+                    {"role": "assistant", "content": "", "tool_calls": CALLED},
+                    {"role": "tool", "content": "3"},
+                ]
+            },
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [json.loads(CALL)]}]},
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": CALLED}]},
+        ),
+        ({"instruction": "one", "input": "", "output": "two"}, TALK),
+        ({"instruction": "one", "input": "more", "output": "two"}, {"messages": said("one\n\nmore", "two")}),
+        (
+            {"instruction": "three", "output": "four", "system": "S", "history": [["one", "two"]]},
+            {"messages": [{"role": "system", "content": "S"}, *said("one", "two", "three", "four")]},
+        ),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}),
+        (
+            {"prompt": said("one"), "completion": {"role": "assistant", "content": "two"}},
+            {"prompt": said("one"), "completion": [{"role": "assistant", "content": "two"}]},
+        ),
+        ({"text": "a"}, {"text": "a"}),
+    ],
+)
+def test_canonical(tmp_path, row, expected):
+    assert canonical(tmp_path, row) == expected
+
+
+def test_columns_and_roles_are_mapped(tmp_path):
+    row = {"talk": [{"from": "me", "value": "one"}, {"from": "bot", "value": "two"}], "messages": 7, "id": 1}
+    source = Source(
+        path=written(tmp_path, row), columns={"messages": "talk"}, roles={"user": ["me"], "assistant": ["bot"]}
+    )
+    table = load(source)
+    assert table.canonical(table.raws[0]) == TALK
+    assert table.unused == ("messages", "id")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "hi"}, "messages is the text 'hi', expected a list of messages"),
+        ({"messages": [7]}, "messages[0] is 7, expected an object with role and content"),
+        (
+            {"messages": [{"role": "user"}]},
+            "messages[0] is an object with role, expected an object with role and content",
+        ),
+        ({"messages": [{"content": "a"}]}, "messages[0] is an object with content, expected an object with role"),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "messages[0].role is the text 'bot', expected one of user"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content is 7, expected text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "messages[0].content[0] is an object with type",
+        ),
+        ({"messages": [{"role": "user", "content": "a", "trainable": True}]}, "messages[0].trainable is true"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0] is an object"),
+        (
+            {"conversations": [{"from": "function_call", "value": "add(1)"}]},
+            "conversations[0].value is the text 'add(1)'",
+        ),
+        ({**TALK, "tools": "{"}, "tools is the text '{', expected a list of tools, or JSON text of one"),
+        ({**TALK, "tools": [7]}, "tools[0] is 7"),
+        ({**TALK, "chat_template_kwargs": [1]}, "chat_template_kwargs is a list of 1, expected an object"),
+        (
+            {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]},
+            "completion is a list of 1, expected the kind",
+        ),
+        ({"prompt": 7, "completion": "b"}, "prompt is 7, expected text"),
+        ({"text": ["a"]}, "text is a list of 1, expected text"),
+        ({"instruction": "a", "output": "b", "history": [["a"]]}, "history[0] is a list of 1, expected a pair"),
+    ],
+)
+def test_malformed(tmp_path, monkeypatch, row, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        canonical(tmp_path, row)
+    assert caught.value.message.startswith(f"train.jsonl:1: {message}")
+    (problem,) = caught.value.problems
+    assert (problem.rule, problem.line, problem.key) == ("malformed", 1, message.split(" is ")[0])
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"text": ""}, "text"),
+        ({"text": None}, "text"),
+        ({"prompt": "a", "completion": ""}, "completion"),
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": [{"role": "user", "content": " "}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
+        ({"instruction": "a", "output": ""}, "output"),
+    ],
+)
+def test_empty(tmp_path, row, field):
+    with pytest.raises(EmptyValue) as caught:
+        canonical(tmp_path, row)
+    assert caught.value.problems[0].key == field
+
+
+def test_a_row_of_another_shape(tmp_path):
+    table = load(Source(path=written(tmp_path, TALK, {"prompt": "a", "completion": "b"})))
+    with pytest.raises(DataError, match=r"train.jsonl:2: the row has no messages, as other rows have"):
+        table.canonical(table.raws[1])
+
+
+def test_no_shape(tmp_path):
+    with pytest.raises(DataError, match="the columns question, answer make no shape") as caught:
+        load(Source(path=written(tmp_path, {"question": "a", "answer": "b"})))
+    assert "columns: {messages:" in caught.value.hint
+    with pytest.raises(DataError, match="are pairs, which the method does not take"):
+        load(Source(path=written(tmp_path, {"chosen": "a", "rejected": "b"})), accepts=("messages",))
+
+
+def test_wrong_maps(tmp_path):
+    path = written(tmp_path, TALK)
+    with pytest.raises(DataError, match="no column 'talk'"):
+        load(Source(path=path, columns={"messages": "talk"}))
+    with pytest.raises(DataError, match="not a column we read") as caught:
+        load(Source(path=path, columns={"mesages": "messages"}))
+    assert "messages" in caught.value.hint
+    with pytest.raises(DataError, match="no role 'asistant'"):
+        load(Source(path=path, roles={"asistant": ["bot"]}))
