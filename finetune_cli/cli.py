@@ -1,5 +1,6 @@
 """Every command; the only place that turns an error into an exit code."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -110,7 +111,20 @@ def main() -> None:
     try:
         app()
     except FinetuneError as failure:
-        from finetune_cli import show
-
-        show.error(failure)
+        _tell(failure)
         sys.exit(failure.exit_code)
+    except Exception as bug:
+        if os.environ.get("FINETUNE_TRACEBACK"):
+            raise
+        text = f"{type(bug).__name__}: {bug}"
+        _tell(FinetuneError(text, "This is a bug of ours. FINETUNE_TRACEBACK=1 shows where; please report it."))
+        sys.exit(FinetuneError.exit_code)
+
+
+def _tell(failure: FinetuneError) -> None:
+    from finetune_cli import show
+
+    if "--json" in sys.argv:
+        show.to_stdout({"event": "error", **failure.to_json()})
+    else:
+        show.error(failure)

@@ -52,6 +52,15 @@ class FinetuneError(Exception):
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "exit_code": self.exit_code,
+            "kind": self.kind,
+            "message": self.message,
+            "hint": self.hint,
+            "problems": [problem.to_json() for problem in self.problems],
+        }
+
 
 class RecipeError(FinetuneError):
     exit_code = 2

@@ -147,6 +147,11 @@ class Screen:
             self.task = self.bar.add_task("train", total=event["total"], last="")
             self.bar.start()
 
+    def on_layout(self, event: dict[str, Any]) -> None:
+        reason = event["padded_because"]
+        text = "rows end to end, no padding" if reason is None else f"padded rows: {reason}"
+        self.console.print(f"[bold]layout[/]  {escape(text)}")
+
     def on_progress(self, event: dict[str, Any]) -> None:
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=event["step"])

@@ -111,13 +111,7 @@ def _classify(error: Exception) -> tuple[int, FinetuneError]:
 
 def _write_error(path: Path, error: FinetuneError, code: int) -> None:
     """The first process to fail is the one that is told of."""
-    value = {
-        "exit_code": code,
-        "kind": error.kind,
-        "message": error.message,
-        "hint": error.hint,
-        "problems": [problem.to_json() for problem in error.problems],
-    }
+    value = {**error.to_json(), "exit_code": code}
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         path.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")

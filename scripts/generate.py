@@ -52,7 +52,11 @@ def reference() -> str:
     for name, method in registry().items():
         parts += [f"### `{name}`", prose(method), facts(method), keys(method)]
     parts += ["## Exit codes", exit_codes()]
-    parts += ["## Names of other tools", OTHER_TOOLS, table(("name", "here"), sorted(other_names()))]
+    parts += [
+        "## Names of other tools",
+        OTHER_TOOLS,
+        table(("name", "here"), sorted(other_names(), key=lambda row: row[0].strip("`"))),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -351,8 +351,9 @@ def reject(rng: Random, example: Example, turn: int) -> str:
         turn += 1
 
 
-def _user(text: str) -> Row:
-    return {"role": "user", "content": text}
+def _asked(text: str) -> list[Row]:
+    """The task in one short line, in place of the longer system prompt that a template would add, then the order."""
+    return [{"role": "system", "content": "Order to JSON."}, {"role": "user", "content": text}]
 
 
 def _assistant(text: str) -> Row:
@@ -361,7 +362,7 @@ def _assistant(text: str) -> Row:
 
 def chat_rows(examples: Sequence[Example]) -> list[Row]:
     """Rows for supervised fine-tuning and for evaluation."""
-    return [{"messages": [_user(example.prompt), _assistant(example.answer)]} for example in examples]
+    return [{"messages": [*_asked(example.prompt), _assistant(example.answer)]} for example in examples]
 
 
 def pair_rows(examples: Sequence[Example]) -> list[Row]:
@@ -369,7 +370,7 @@ def pair_rows(examples: Sequence[Example]) -> list[Row]:
     rng = Random(f"{SEED}:mistakes")
     return [
         {
-            "prompt": [_user(example.prompt)],
+            "prompt": _asked(example.prompt),
             "chosen": [_assistant(example.answer)],
             "rejected": [_assistant(reject(rng, example, turn))],
         }
@@ -379,7 +380,7 @@ def pair_rows(examples: Sequence[Example]) -> list[Row]:
 
 def prompt_rows(examples: Sequence[Example]) -> list[Row]:
     """Rows for methods that sample: a prompt, and the answer a reward compares with."""
-    return [{"prompt": [_user(example.prompt)], "answer": example.answer} for example in examples]
+    return [{"prompt": _asked(example.prompt), "answer": example.answer} for example in examples]
 
 
 def assert_held_out(held_out: Sequence[Example], seen: Sequence[Example]) -> None:

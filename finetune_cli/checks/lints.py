@@ -25,8 +25,6 @@ REFUSED_OPTIMISERS = {
 }
 
 NOT_YET: dict[str, tuple[object, ...]] = {
-    "model.attn_implementation": ("auto", "sdpa", "eager"),
-    "data.template_mismatch": ("refuse",),
     "method.packing": (False,),
     "save.push_to_hub": (False,),
     "launch.strategy": ("auto", "ddp"),

@@ -3,7 +3,8 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from itertools import accumulate
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -11,20 +12,55 @@ from torch import Tensor
 from finetune_cli.types import Counts, Row
 
 
+class Segment(NamedTuple):
+    """Tokens start..stop of a batch; they also see those of back_start..back_stop (empty: none)."""
+
+    start: int
+    stop: int
+    back_start: int = 0
+    back_stop: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Segments:
+    """The segments of a batch, which tile its tokens in order. Travels through the model as a forward argument."""
+
+    spans: list[Segment]
+    backend: str = "sdpa"
+    seen: int = 0
+    """Attention calls that it reached; doubles where layers run again in backward."""
+    _varlen: tuple[Tensor, Tensor, Tensor, int, int] | None = None
+
+    def varlen(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """(index of keys to gather, cumulative query lengths, cumulative key lengths, longest of each), for kernels
+        that take sequences of unequal lengths. Made once a batch."""
+        if self._varlen is None:
+            queries = [s.stop - s.start for s in self.spans]
+            keys = [s.back_stop - s.back_start + s.stop - s.start for s in self.spans]
+            gather = [torch.arange(a, b) for s in self.spans for a, b in (s[2:], s[:2]) if b > a]
+            cu_q, cu_k = (torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in (queries, keys))
+            self._varlen = (torch.cat(gather).to(device), cu_q, cu_k, max(queries), max(keys))
+        return self._varlen
+
+
 @dataclass(slots=True)
 class Batch:
-    """Rows as right-padded sequences, one for each branch: its row's prefix, then the branch.
+    """Rows as tensors. `read_N` says where in the flattened tokens the state is that predicts `label_N`, `owner_N`
+    which branch, counted through the batch, each label belongs to.
 
-    The tensors are what a stock forward takes; `read_N` says where in the flattened [B * T] the state is that
-    predicts `label_N`, and `owner_N` which branch, counted through the batch, each label belongs to.
+    Tree: all tokens end to end, [1, T], with segments. Padded: a right-padded sequence for each branch, its row's
+    prefix before it, as a stock forward takes it.
     """
 
     rows: list[Row]
     ids_BT: Tensor
+    position_BT: Tensor
     mask_BT: Tensor
+    """1 where a token is; under segments empty, [1, 0]."""
     read_N: Tensor
     label_N: Tensor
     owner_N: Tensor
+    segments: Segments | None = None
     measure: bool = False
 
     @property
@@ -32,13 +68,60 @@ class Batch:
         return counts_of(self.rows)
 
     def to(self, device: torch.device) -> Self:
-        for name in ("ids_BT", "mask_BT", "read_N", "label_N", "owner_N"):
+        for name in ("ids_BT", "position_BT", "mask_BT", "read_N", "label_N", "owner_N"):
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
         return self
+
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of the model's forward. Never a cache: packed rows would be misread with one."""
+        given = {"input_ids": self.ids_BT, "attention_mask": self.mask_BT, "use_cache": False}
+        if self.segments is None:
+            return given
+        return {**given, "position_ids": self.position_BT, "layout": self.segments}
 
 
 def counts_of(rows: Sequence[Row]) -> Counts:
     return Counts(rows=len(rows), tokens=sum(row.targets for row in rows))
+
+
+def tree(rows: Sequence[Row], *, backend: str = "sdpa") -> Batch:
+    """Every token once: a row's prefix, then its branches, whose positions go on from the prefix."""
+    ids: list[int] = []
+    positions: list[int] = []
+    spans: list[Segment] = []
+    targets: list[tuple[int, int, int]] = []  # (read, label, owner)
+    owner = 0
+    for row in rows:
+        start, length = len(ids), len(row.prefix)
+        if length:
+            ids += row.prefix
+            positions += range(length)
+            spans.append(Segment(start, start + length))
+        for branch in row.branches:
+            first = len(ids)
+            if branch.ids:
+                ids += branch.ids
+                positions += range(length, length + len(branch.ids))
+                spans.append(Segment(first, len(ids), start, start + length) if length else Segment(first, len(ids)))
+            before = [start + length - 1, *range(first, len(ids) - 1)]  # what predicts each token of the branch
+            targets += [
+                (before[t], branch.ids[t], owner) for t, trained in enumerate(branch.trained) if trained and length + t
+            ]
+            owner += 1
+    return Batch(
+        list(rows),
+        torch.tensor([ids]),
+        torch.tensor([positions]),
+        torch.ones(1, 0, dtype=torch.bool),
+        *columns(targets),
+        segments=Segments(spans, backend),
+    )
+
+
+def columns(targets: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """(read, label, owner) triples as three tensors [N]."""
+    read_N, label_N, owner_N = torch.tensor(targets, dtype=torch.long).reshape(-1, 3).unbind(1)
+    return read_N, label_N, owner_N
 
 
 def padded(rows: Sequence[Row], pad_id: int) -> Batch:
@@ -47,16 +130,14 @@ def padded(rows: Sequence[Row], pad_id: int) -> Batch:
     width = max(len(ids) for ids, _, _ in sequences)
     ids_BT = torch.full((len(sequences), width), pad_id, dtype=torch.long)
     mask_BT = torch.zeros((len(sequences), width), dtype=torch.long)
-    read, label, owner = [], [], []
+    targets: list[tuple[int, int, int]] = []
     for b, (ids, start, branch) in enumerate(sequences):
         ids_BT[b, : len(ids)] = torch.tensor(ids)
         mask_BT[b, : len(ids)] = 1
-        targets = [start + t for t, trained in enumerate(branch.trained) if trained and start + t > 0]
-        read += [b * width + t - 1 for t in targets]
-        label += [ids[t] for t in targets]
-        owner += [b] * len(targets)
-    read_N, label_N, owner_N = (torch.tensor(values, dtype=torch.long) for values in (read, label, owner))
-    return Batch(list(rows), ids_BT, mask_BT, read_N, label_N, owner_N)
+        own = [start + t for t, trained in enumerate(branch.trained) if trained and start + t > 0]
+        targets += [(b * width + t - 1, ids[t], b) for t in own]
+    positions = torch.arange(width).expand(len(sequences), width)
+    return Batch(list(rows), ids_BT, positions, mask_BT, *columns(targets))
 
 
 def silent(row: Row) -> Row:

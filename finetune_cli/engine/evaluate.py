@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune_cli.data.batches import padded, silent
+from finetune_cli.data.batches import silent
 from finetune_cli.engine import metrics
 from finetune_cli.engine.generate import answers
 from finetune_cli.types import Prompt, Row
@@ -38,8 +38,7 @@ def loss_of(job: "Job", eval_set: "EvalSet") -> dict[str, float]:
     role.eval()
     with torch.no_grad():
         for rows in chunks(eval_set.rows, job.plan.resolved.per_device_eval_batch_size, job.rank, job.world):
-            batch = padded(rows, job.pad_id).to(job.device)
-            batch.measure = True
+            batch = job.batch(rows, measure=True)
             sums.add(job.method.loss(batch, lambda _, batch: role(batch), batch.counts).metrics)
     means = sums.means(job)
     return {f"{eval_set.prefix}{name}": value for name, value in means.items()}

@@ -57,6 +57,7 @@ def make_report(job: Job, progress: Progress, step: int) -> dict[str, Any]:
         "last": progress.last,
         "result": {"checkpoint": f"{checkpoint.PREFIX}{step}", "step": step, "is": why(job, step, progress)},
         "versions": plan.versions,
+        "layout": {"padded": job.padded_because is not None, "because": job.padded_because},
         "fingerprint": plan.fingerprint,
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune_cli.data.batches import Batch, Schedule
+from finetune_cli.data.batches import Batch, Schedule, padded, tree
 from finetune_cli.data.encode import Encoded
 from finetune_cli.engine import checkpoint
 from finetune_cli.engine.events import Sink
@@ -52,6 +52,8 @@ class Job:
     total_steps: int
     metric: tuple[str, Metric] | None
     sink: Sink
+    padded_because: str | None = None
+    """Why rows are padded; None where they lie end to end."""
     trained: list[nn.Parameter] = field(default_factory=list)
     peaks: list[float] = field(default_factory=list)
     """Peak memory of every process, GiB; filled in at the end."""
@@ -90,6 +92,15 @@ class Job:
     def generator(self) -> Any:
         """The bare model with its adapters, for generation."""
         return self.accelerator.unwrap_model(self.policy).model
+
+    def batch(self, rows: list[Row], *, measure: bool) -> Batch:
+        """Rows as tensors on the device, in the layout that the model takes."""
+        if self.padded_because is None:
+            made = tree(rows, backend=self.plan.resolved.attn_implementation)
+        else:
+            made = padded(rows, self.pad_id)
+        made.measure = measure
+        return made.to(self.device)
 
     def models(self, role: str, batch: Batch) -> Scores:
         assert role == "policy"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finetune_cli.data.batches import Batch, counts_of, padded, silent
+from finetune_cli.data.batches import Batch, counts_of, silent
 from finetune_cli.engine.evaluate import evaluate
 from finetune_cli.engine.job import Job
 from finetune_cli.errors import TrainError
@@ -103,9 +103,7 @@ def optimiser_step(job: Job, step: int, *, measure: bool, sums: Sums) -> tuple[f
 def layout(job: Job, own: list[int], *, fill: int, measure: bool) -> Batch:
     """A process without rows of its own computes another's, silently: collectives need everyone."""
     rows = [job.rows[i] for i in own] or [silent(job.rows[fill])]
-    batch = padded(rows, job.pad_id).to(job.device)
-    batch.measure = measure
-    return batch
+    return job.batch(rows, measure=measure)
 
 
 def train(job: Job, progress: Progress) -> Progress:

@@ -68,7 +68,8 @@ def load_stock(plan: Plan, location: Location, dtype: torch.dtype) -> Any:
     """The bare causal language model, weights in `dtype`, never believing itself quantised because of a GGUF file."""
     from transformers import AutoModelForCausalLM
 
-    kwargs = {**location.kwargs, "dtype": dtype, "attn_implementation": plan.resolved.attn_implementation}
+    stock = "eager" if plan.resolved.attn_implementation == "eager" else "sdpa"
+    kwargs = {**location.kwargs, "dtype": dtype, "attn_implementation": stock}
     try:
         model = AutoModelForCausalLM.from_pretrained(location.name, **kwargs)
     except (OSError, ValueError, KeyError) as error:

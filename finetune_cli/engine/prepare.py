@@ -11,7 +11,7 @@ import torch
 from finetune_cli.data.batches import Schedule
 from finetune_cli.data.chat import Chat
 from finetune_cli.data.rows import RowSets
-from finetune_cli.engine import checkpoint, metrics, models, optim
+from finetune_cli.engine import checkpoint, layout, metrics, models, optim
 from finetune_cli.engine.events import Sink
 from finetune_cli.engine.job import EvalSet, Job
 from finetune_cli.engine.loop import Progress, total_steps
@@ -67,6 +67,7 @@ def build(plan: Plan, words: Words, sets: RowSets, sink: Sink, *, resume: Path |
     model = models.load_policy(plan, location)
     check_vocabulary(model, words.tokenizer)
     role = Role(model)
+    padded_because = layout.choose(role.stock, recipe.model)
     trained, every = sizes(role)
     optimizer = optim.build(role, recipe.train, plan.resolved.learning_rate)
     policy, optimizer = acc.prepare(role, optimizer)
@@ -97,10 +98,12 @@ def build(plan: Plan, words: Words, sets: RowSets, sink: Sink, *, resume: Path |
         total_steps=total,
         metric=metrics.find(recipe.eval.metric) if recipe.eval.metric is not None else None,
         sink=sink,
+        padded_because=padded_because,
         trained=[p for _, p in optim.named_trained(policy)],
     )
     seed_everything(recipe.seed, job.rank)
     job.emit({"event": "start", "total": total, "trained": trained, "weights": every, "device": str(acc.device)})
+    job.emit({"event": "layout", "padded_because": padded_because})
     return job, Progress() if resume is None else restore(job, resume)
 
 

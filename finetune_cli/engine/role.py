@@ -26,8 +26,7 @@ class Role(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # type: ignore[operator]
 
     def forward(self, batch: Batch) -> Scores:
-        trunk = trunk_of(self.stock)
-        out = trunk(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)
+        out = trunk_of(self.stock)(**batch.inputs())
         h_ND = out.last_hidden_state.flatten(0, 1)[batch.read_N]
         logps_N, correct_N, entropy_N = score(self._head, h_ND, batch.label_N, measure=batch.measure)
         return Scores(logps_N, batch.owner_N, correct_N, entropy_N)

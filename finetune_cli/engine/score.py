@@ -1,9 +1,12 @@
 """Scoring: log-probabilities at supervised positions, from hidden states and the output head."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from finetune_cli.errors import ModelError
 
@@ -15,6 +18,21 @@ class Head:
     layer: nn.Module
     scale: float = 1.0
     softcap: float | None = None
+
+    @property
+    def frozen_weight(self) -> Tensor | None:
+        """[V, D], where the head is a plain layer that is not trained; None where it has adapters or learns."""
+        if type(self.layer) is not nn.Linear or any(p.requires_grad for p in self.layer.parameters()):
+            return None
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias if type(self.layer) is nn.Linear else None
+
+    @property
+    def vocabulary(self) -> int:
+        return int(next(self.layer.parameters()).shape[0])
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """[N, D] -> [N, V], float32."""
@@ -66,8 +84,42 @@ def find_head(model: nn.Module) -> Head:
     )
 
 
-def score(head: Head, h_ND: Tensor, label_N: Tensor, *, measure: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(log p of each label [N], whether it was the most probable, entropy in nats), float32."""
+Scored = tuple[Tensor, Tensor | None, Tensor | None]
+"""(log p of each label [N], whether it was the most probable [N], entropy in nats [N]), float32; the latter two on
+demand."""
+
+CHUNK_LOGITS = 2**24
+"""Logits alive at once: 64 MiB in float32."""
+
+
+def score(head: Head, h_ND: Tensor, label_N: Tensor, *, measure: bool) -> Scored:
+    """Scores chunk by chunk, so that no [N, V] tensor outlives its chunk.
+
+    A frozen plain head has its gradient made in the same pass; any other is recomputed in backward.
+    """
+    chunk = max(16, CHUNK_LOGITS // head.vocabulary)
+    weight = head.frozen_weight
+    if weight is not None:
+        made: Any = FrozenHead.apply
+        scored: Scored = made(h_ND, weight, head.bias, label_N, head.scale, head.softcap, chunk, measure)
+        return scored
+    pieces = [
+        _recomputed(head, h, y, measure)
+        for h, y in zip(torch.split(h_ND, chunk), torch.split(label_N, chunk), strict=True)
+    ]
+    logps, corrects, entropies = zip(*pieces, strict=True)
+    return torch.cat(logps), torch.cat(corrects) if measure else None, torch.cat(entropies) if measure else None
+
+
+def _recomputed(head: Head, h_ND: Tensor, label_N: Tensor, measure: bool) -> Scored:
+    if not torch.is_grad_enabled():
+        return plain(head, h_ND, label_N, measure)
+    scored: Scored = checkpoint(plain, head, h_ND, label_N, measure, use_reentrant=False)
+    return scored
+
+
+def plain(head: Head, h_ND: Tensor, label_N: Tensor, measure: bool) -> Scored:
+    """All logits at once."""
     logits_NV = head.logits(h_ND)
     lse_N = torch.logsumexp(logits_NV, -1)
     logps_N = logits_NV.gather(1, label_N[:, None])[:, 0] - lse_N
@@ -75,6 +127,63 @@ def score(head: Head, h_ND: Tensor, label_N: Tensor, *, measure: bool) -> tuple[
         return logps_N, None, None
     with torch.no_grad():
         correct_N = (logits_NV.argmax(-1) == label_N).float()
-        probs_NV = torch.exp(logits_NV - lse_N[:, None])
-        entropy_N = lse_N - (probs_NV * logits_NV).sum(-1)
+        entropy_N = lse_N - (torch.exp(logits_NV - lse_N[:, None]) * logits_NV).sum(-1)
     return logps_N, correct_N, entropy_N
+
+
+class FrozenHead(torch.autograd.Function):
+    """Log-probabilities with d lp / d h made in the forward chunk: W[y] - softmax(z) W, through scale and soft cap.
+
+    Backward is one product by [N, 1]: it never meets the vocabulary, and what is kept is [N, D]. Only right where W is
+    not trained. The one-hot is subtracted in float32, before the product rounds: for a token of probability 0.999 the
+    difference to 1 is the whole gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        label_N: Tensor,
+        scale: float,
+        softcap: float | None,
+        chunk: int,
+        measure: bool,
+    ) -> Scored:
+        rows = h_ND.shape[0]
+        logps_N = h_ND.new_empty(rows, dtype=torch.float32)
+        correct_N, entropy_N = (torch.empty_like(logps_N) if measure else None for _ in range(2))
+        dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
+        with torch.autocast(h_ND.device.type, enabled=False):
+            for a in range(0, rows, chunk):
+                b = min(a + chunk, rows)
+                y_N = label_N[a:b]
+                z_NV = F.linear(h_ND[a:b].to(weight_VD.dtype), weight_VD, bias_V).float()
+                if scale != 1.0:
+                    z_NV *= scale
+                slope_NV = None
+                if softcap is not None:
+                    bent_NV = torch.tanh(z_NV / softcap)
+                    z_NV, slope_NV = bent_NV * softcap, 1 - bent_NV * bent_NV
+                lse_N = torch.logsumexp(z_NV, -1)
+                logps_N[a:b] = z_NV.gather(1, y_N[:, None])[:, 0] - lse_N
+                if correct_N is not None and entropy_N is not None:
+                    correct_N[a:b] = (z_NV.argmax(-1) == y_N).float()
+                    entropy_N[a:b] = lse_N - (torch.exp(z_NV - lse_N[:, None]) * z_NV).sum(-1)
+                if dh_ND is None:
+                    continue
+                g_NV = z_NV.sub_(lse_N[:, None]).exp_()
+                g_NV[torch.arange(b - a, device=g_NV.device), y_N] -= 1.0  # minus d lp / d z
+                if slope_NV is not None:
+                    g_NV *= slope_NV
+                dh_ND[a:b] = (g_NV.to(weight_VD.dtype) @ weight_VD) * -scale
+        ctx.save_for_backward(dh_ND)
+        if correct_N is not None and entropy_N is not None:
+            ctx.mark_non_differentiable(correct_N, entropy_N)
+        return logps_N, correct_N, entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dh_ND,) = ctx.saved_tensors
+        return (dh_ND.float() * grads[0][:, None]).to(dh_ND.dtype), *(None,) * 7

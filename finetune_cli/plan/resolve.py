@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,7 +112,7 @@ def _autos(recipe: Recipe, machine: Machine, facts: Facts, world: int | None) ->
         "precision": precision,
         "dtype": auto("model.dtype", recipe.model.dtype, DTYPES[precision], frozen),
         "attn_implementation": auto(
-            "model.attn_implementation", recipe.model.attn_implementation, "sdpa", "PyTorch's own, everywhere"
+            "model.attn_implementation", recipe.model.attn_implementation, *_attention(machine, precision)
         ),
         "gradient_checkpointing": auto(
             "train.gradient_checkpointing",
@@ -150,6 +151,14 @@ def _precision(machine: Machine) -> tuple[str, str]:
     if machine.bf16:
         return "bf16", f"{where} multiplies bfloat16"
     return ("fp16", f"{where} has no bfloat16") if machine.gpus else ("fp32", f"{where} has no bfloat16")
+
+
+def _attention(machine: Machine, precision: str) -> tuple[str, str]:
+    if machine.device == "cpu" or precision == "fp32":
+        return "sdpa", "PyTorch's kernel, segment by segment"
+    if find_spec("flash_attn") is not None:
+        return "flash_attention_2", "the flash-attn package is installed"
+    return "varlen", "PyTorch's variable-length kernel"
 
 
 def _batch(recipe: Recipe, processes: int, reasons: dict[str, str]) -> tuple[int, int]:

@@ -33,9 +33,9 @@ def read(name: str) -> list[dict[str, Any]]:
 
 def prompt_and_answer(row: dict[str, Any]) -> tuple[str, str]:
     if "messages" in row:
-        user, assistant = row["messages"]
+        _, user, assistant = row["messages"]
         return user["content"], assistant["content"]
-    return row["prompt"][0]["content"], row["chosen"][0]["content"] if "chosen" in row else row["answer"]
+    return row["prompt"][-1]["content"], row["chosen"][0]["content"] if "chosen" in row else row["answer"]
 
 
 def examples(*names: str) -> list[tuple[str, str]]:

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from two_methods import GOOD, Two
 
 from finetune_cli.errors import RecipeError
 from finetune_cli.recipe.load import Loaded, load
 from finetune_cli.recipe.sections import Recipe
+from tests.unit.recipe.two_methods import GOOD, Two
 
 Read = Callable[..., Loaded]
 Says = Callable[..., list[str]]

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from two_methods import GOOD, One, Two
 
 from finetune_cli.errors import RecipeError
 from finetune_cli.recipe.load import load
+from tests.unit.recipe.two_methods import GOOD, One, Two
 
 FULL = (
     GOOD.replace("method: sft", "method: {name: dpo, beta: 0.1, loss_type: [sigmoid, ipo]}")

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-from two_methods import One, Two
 
 from finetune_cli.errors import RecipeError
 from finetune_cli.recipe.load import load
+from tests.unit.recipe.two_methods import One, Two
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz01"
 
