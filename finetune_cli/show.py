@@ -150,6 +150,8 @@ class Screen:
     def on_layout(self, event: dict[str, Any]) -> None:
         reason = event["padded_because"]
         text = "rows end to end, no padding" if reason is None else f"padded rows: {reason}"
+        if "bins" in event:
+            text += f"; packed into {event['bins']} bins, {event['fill']:.1%} full"
         self.console.print(f"[bold]layout[/]  {escape(text)}")
 
     def on_progress(self, event: dict[str, Any]) -> None:

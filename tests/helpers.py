@@ -1,8 +1,11 @@
 """What several tests need: a small real tokenizer, chat templates of the kinds there are, and short forms."""
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 CHATML = (
@@ -97,3 +100,71 @@ def trained_texts(tokenizer: Any, row: Any) -> list[str]:
             runs[-1].append(token)
         before = trained
     return [tokenizer.decode(run) for run in runs]
+
+
+def model_folder(folder: Path, *, template: str | None = CHATML, **config: Any) -> Path:
+    """Save a random Llama of two layers, wide enough that its predictions differ, with `tiny_tokenizer`."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer(template)
+    own = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    own |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2}
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **own | config))
+    eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.config.eos_token_id, model.config.bos_token_id, model.config.pad_token_id = eos, None, tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def questions(count: int, *, first: int = 0) -> list[dict[str, Any]]:
+    """Rows of messages of unequal lengths, no two alike."""
+    words = ["two", "three", "four", "five", "six", "seven", "eight"]
+    return [
+        {
+            "messages": said(
+                f"What is {words[i % 7]} plus {i}?", f"It is {words[i % 7]} and {i}, " + "as I said before. " * (i % 3)
+            )
+        }
+        for i in range(first, first + count)
+    ]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_recipe(path: Path, *, model: str, data: str | dict[str, Any], **sections: Any) -> Path:
+    """A recipe that runs in seconds on a CPU: fp32, LoRA r=4, three steps of four rows; `sections` change it.
+
+    A section given as None is left out.
+    """
+    recipe: dict[str, Any] = {
+        "method": "sft",
+        "output_dir": str(path.parent / "run"),
+        "model": {"name_or_path": model},
+        "data": {"train": data, "max_length": 128} if isinstance(data, str) else data,
+        "lora": {"r": 4, "lora_alpha": 8},
+        "train": {
+            "max_steps": 3, "per_device_train_batch_size": 2, "global_batch_size": 4, "learning_rate": 5e-4,
+            "precision": "fp32", "warmup_steps": 0,
+        },
+        "eval": {"sample_prompts": 1},
+        "generation": {"max_new_tokens": 4},
+        "logging": {"logging_steps": 1, "report_to": "none"},
+    }  # fmt: skip
+    for key, value in sections.items():
+        mine = recipe.get(key)
+        recipe[key] = {**mine, **value} if isinstance(mine, dict) and isinstance(value, dict) else value
+    given = {key: value for key, value in recipe.items() if value is not None}
+    path.write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def journal(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -25,7 +25,6 @@ REFUSED_OPTIMISERS = {
 }
 
 NOT_YET: dict[str, tuple[object, ...]] = {
-    "method.packing": (False,),
     "save.push_to_hub": (False,),
     "launch.strategy": ("auto", "ddp"),
     "launch.num_machines": (1,),

@@ -1,6 +1,7 @@
 """Batches: which rows make an optimiser step, and how a batch of rows is laid out as tensors."""
 
 import random
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -72,6 +73,16 @@ class Batch:
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
         return self
 
+    @property
+    def seen_BT(self) -> Tensor:
+        """For each token, the length of the sequence it is part of: what its segment looks back on, and itself."""
+        if self.segments is None:
+            return self.mask_BT.sum(1, keepdim=True).expand_as(self.mask_BT)
+        spans = self.segments.spans
+        sizes = torch.tensor([s.stop - s.start for s in spans], device=self.ids_BT.device)
+        seen = torch.tensor([s.back_stop - s.back_start + s.stop - s.start for s in spans], device=self.ids_BT.device)
+        return seen.repeat_interleave(sizes)[None]
+
     def inputs(self) -> dict[str, Any]:
         """Arguments of the model's forward. Never a cache: packed rows would be misread with one."""
         given = {"input_ids": self.ids_BT, "attention_mask": self.mask_BT, "use_cache": False}
@@ -138,6 +149,26 @@ def padded(rows: Sequence[Row], pad_id: int) -> Batch:
         targets += [(b * width + t - 1, ids[t], b) for t in own]
     positions = torch.arange(width).expand(len(sequences), width)
     return Batch(list(rows), ids_BT, positions, mask_BT, *columns(targets))
+
+
+def pack(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]:
+    """Best-fit decreasing: each row, longest first, goes to the fullest bin that has room. Indices of the rows of each
+    bin; rows of one length are taken in an order that `seed` draws."""
+    order = list(range(len(lengths)))
+    random.Random(f"pack {seed}").shuffle(order)
+    order.sort(key=lambda i: -lengths[i])
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
+    for i in order:
+        at = bisect_left(rooms, (lengths[i], -1))
+        if at == len(rooms):
+            bins.append([i])
+            insort(rooms, (capacity - lengths[i], len(bins) - 1))
+        else:
+            room, into = rooms.pop(at)
+            bins[into].append(i)
+            insort(rooms, (room - lengths[i], into))
+    return bins
 
 
 def silent(row: Row) -> Row:

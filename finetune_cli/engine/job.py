@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,8 @@ class Job:
     optimizer: Any
     scheduler: Any
     data: Encoded
+    units: list[list[Row]]
+    """What a batch is counted in: rows, or bins of packed rows."""
     eval_sets: list[EvalSet]
     sample_prompts: list[Prompt]
     stop_ids: list[int]
@@ -66,9 +68,8 @@ class Job:
     def method(self) -> Method:
         return self.plan.recipe.method
 
-    @property
-    def rows(self) -> list[Row]:
-        return self.data.rows
+    def rows_of(self, units: Iterable[int]) -> list[Row]:
+        return [row for unit in units for row in self.units[unit]]
 
     @property
     def device(self) -> torch.device:

@@ -81,7 +81,8 @@ def due(step: int, every: float, total: int) -> bool:
 def optimiser_step(job: Job, step: int, *, measure: bool, sums: Sums) -> tuple[float, Counts, int]:
     """One step: (gradient norm before clipping, counts, tokens computed), the latter two over all processes."""
     indices = job.schedule.step(step)
-    counts = counts_of([job.rows[i] for i in indices])
+    rows = job.rows_of(indices)
+    counts = counts_of(rows)
     window = list(job.schedule.window(step, rank=job.rank, world=job.world))
     for number, own in enumerate(window):
         for batch in job.method.steps(layout(job, own, fill=indices[-1], measure=measure), job.models):
@@ -97,12 +98,12 @@ def optimiser_step(job: Job, step: int, *, measure: bool, sums: Sums) -> tuple[f
     if not job.accelerator.optimizer_step_was_skipped:
         job.scheduler.step()
     job.optimizer.zero_grad()
-    return norm, counts, sum(job.rows[i].length for i in indices)
+    return norm, counts, sum(row.length for row in rows)
 
 
 def layout(job: Job, own: list[int], *, fill: int, measure: bool) -> Batch:
     """A process without rows of its own computes another's, silently: collectives need everyone."""
-    rows = [job.rows[i] for i in own] or [silent(job.rows[fill])]
+    rows = job.rows_of(own) or [silent(job.units[fill][0])]
     return job.batch(rows, measure=measure)
 
 
@@ -141,7 +142,7 @@ def watch(job: Job, progress: Progress, norm: float) -> None:
     """Stop at a gradient that is not a number, before anything of it is saved."""
     if math.isfinite(norm) or job.plan.resolved.precision == "fp16":
         return
-    rows = [job.rows[i].source for i in job.schedule.step(progress.step - 1)]
+    rows = [row.source for row in job.rows_of(job.schedule.step(progress.step - 1))]
     message = f"the gradient of step {progress.step} is not finite"
     job.emit(job.event("health", progress.step, rule="nan", message=message, rows=rows))
     raise TrainError(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune_cli.data.batches import Schedule
+from finetune_cli.data.batches import Schedule, pack
 from finetune_cli.data.chat import Chat
 from finetune_cli.data.rows import RowSets
 from finetune_cli.engine import checkpoint, layout, metrics, models, optim
@@ -22,6 +22,7 @@ from finetune_cli.log import LOGGER
 from finetune_cli.plan.facts import Facts
 from finetune_cli.plan.resolve import Plan
 from finetune_cli.recipe.sections import Recipe
+from finetune_cli.types import Row
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,15 @@ def build(plan: Plan, words: Words, sets: RowSets, sink: Sink, *, resume: Path |
     torch.manual_seed(recipe.seed)
     model = models.load_policy(plan, location)
     check_vocabulary(model, words.tokenizer)
-    role = Role(model)
+    role = Role(model, noise_alpha=recipe.method.embedding_noise())
     padded_because = layout.choose(role.stock, recipe.model)
     trained, every = sizes(role)
     optimizer = optim.build(role, recipe.train, plan.resolved.learning_rate)
     policy, optimizer = acc.prepare(role, optimizer)
     rows = sets.train
+    units = make_units(rows.rows, recipe, padded_because)
     schedule = Schedule(
-        lengths=[row.length for row in rows.rows],
+        lengths=[sum(row.length for row in unit) for unit in units],
         global_batch_size=plan.resolved.global_batch_size,
         per_device_batch_size=recipe.train.per_device_train_batch_size,
         seed=recipe.seed,
@@ -88,6 +90,7 @@ def build(plan: Plan, words: Words, sets: RowSets, sink: Sink, *, resume: Path |
         optimizer=optimizer,
         scheduler=optim.schedule(optimizer, recipe.train, total),
         data=rows,
+        units=units,
         eval_sets=[
             EvalSet(name, encoded.rows, prompts[: recipe.eval.metric_rows])
             for name, (encoded, prompts) in sets.evals.items()
@@ -103,8 +106,26 @@ def build(plan: Plan, words: Words, sets: RowSets, sink: Sink, *, resume: Path |
     )
     seed_everything(recipe.seed, job.rank)
     job.emit({"event": "start", "total": total, "trained": trained, "weights": every, "device": str(acc.device)})
-    job.emit({"event": "layout", "padded_because": padded_because})
+    job.emit({"event": "layout", "padded_because": padded_because, **fill_of(units, recipe)})
     return job, Progress() if resume is None else restore(job, resume)
+
+
+def make_units(rows: list[Row], recipe: Recipe, padded_because: str | None) -> list[list[Row]]:
+    """Rows, or bins of them. Raises ModelError where bins are asked for and the model cannot keep rows apart."""
+    capacity = recipe.method.bin_tokens(recipe.data.max_length)
+    if capacity is None:
+        return [[row] for row in rows]
+    if padded_because is not None:
+        raise ModelError(f"rows cannot be packed: {padded_because}", "Set method.packing: false.")
+    return [[rows[i] for i in some] for some in pack([row.length for row in rows], capacity, seed=recipe.seed)]
+
+
+def fill_of(units: list[list[Row]], recipe: Recipe) -> dict[str, Any]:
+    """How full the bins are."""
+    capacity = recipe.method.bin_tokens(recipe.data.max_length)
+    if capacity is None:
+        return {}
+    return {"bins": len(units), "fill": sum(row.length for unit in units for row in unit) / (capacity * len(units))}
 
 
 def resumed(location: models.Location, folder: Path, adapted: bool) -> models.Location:

@@ -41,6 +41,14 @@ class Method(Spec):
     def rates(cls, *, lora: bool) -> LearningRates:
         return cls.lora_rates if lora else cls.full_rates
 
+    def bin_tokens(self, max_length: int) -> int | None:  # noqa: ARG002
+        """Tokens of a bin that whole rows are packed into; None where a row is a unit of its own."""
+        return None
+
+    def embedding_noise(self) -> float | None:
+        """NEFTune's alpha; None for no noise."""
+        return None
+
     @abstractmethod
     def encode(self, row: Mapping[str, Any], shape: str, render: Render) -> Iterator[Row]:
         """Tokens of one row of the data; more than one where the template rewrites history. Pure, no torch."""

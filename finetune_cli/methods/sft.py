@@ -7,10 +7,20 @@ accumulation and the number of processes leave the gradient as it is.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from finetune_cli.methods.base import LearningRates, Method
 from finetune_cli.types import Counts, Layout, Loss, Models, Render, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def dynamic(logps_N: "Tensor") -> "Tensor":
+    """p_t log p_t with p_t held constant: the gradient of sure tokens counts fully, that of unlikely ones little."""
+    return logps_N * logps_N.detach().exp()
 
 
 class Sft(Method):
@@ -23,11 +33,22 @@ class Sft(Method):
     messages, completion for prompt + completion, all for text."""
     packing: bool = False
     """Fill bins of `data.max_length` tokens with whole rows, which never see one another."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Uniform noise on the embeddings while training, of size alpha / sqrt(row length x hidden size) (arXiv
+    2310.05914); 5 is usual."""
+    dft: bool = False
+    """Dynamic fine-tuning (arXiv 2508.05629): each token's loss times its own probability, detached."""
 
     summary: ClassVar = "supervised fine-tuning: learn to give the answers in the data"
     shapes: ClassVar = ("messages", "completion", "text")
     lora_rates: ClassVar = LearningRates(default=2e-4, low=2e-5, high=5e-4)
     full_rates: ClassVar = LearningRates(default=2e-5, low=1e-6, high=5e-5)
+
+    def bin_tokens(self, max_length: int) -> int | None:
+        return max_length if self.packing else None
+
+    def embedding_noise(self) -> float | None:
+        return self.neftune_noise_alpha
 
     def encode(self, row: Mapping[str, Any], shape: str, render: Render) -> Iterator[Row]:
         if shape == "messages":
@@ -38,7 +59,7 @@ class Sft(Method):
 
     def loss(self, batch: Layout, models: Models, counts: Counts) -> Loss:
         scores = models("policy", batch)
-        nll = -scores.logps_N.sum()
+        nll = -(dynamic(scores.logps_N) if self.dft else scores.logps_N).sum()
         metrics: dict[str, Any] = {"loss": (nll.detach(), batch.counts.tokens)}
         if scores.correct_N is not None and scores.entropy_N is not None:
             metrics["mean_token_accuracy"] = (scores.correct_N.sum(), batch.counts.tokens)
