@@ -98,6 +98,8 @@ def plan(recipe: Path, overrides: Sequence[str], *, as_json: bool) -> int:
 
 
 def run(recipe: Path, overrides: Sequence[str], *, resume: bool, overwrite: bool, as_json: bool) -> int:
+    if resume and overwrite:
+        raise RecipeError("--resume and --overwrite exclude each other", "Keep one of them.")
     made, loaded, warnings = planned(recipe, overrides)
     main_process = not launch.inside() or _rank() == 0
     if main_process:
@@ -128,13 +130,15 @@ def finished(folder: Path) -> bool:
     return (folder / "report.json").exists()
 
 
-RUN_FILES = ("plan.json", "recipe.yaml", "metrics.jsonl", "report.json", "trainer_state.json", "error.json")
+RESULTS = ("metrics.jsonl", "report.json", "trainer_state.json")
+"""Files that say that a run has begun."""
+RUN_FILES = (*RESULTS, "plan.json", "recipe.yaml", "error.json", "traceback.txt")
 
 
 def claim(plan: Plan, loaded: Loaded, *, resume: bool, overwrite: bool) -> None:
     """Make the run folder, and write what will be run. Raises RecipeError where another run's results are in it."""
     folder = plan.run
-    used = [name for name in RUN_FILES[2:] if (folder / name).exists()] + [p.name for p in folder.glob("checkpoint-*")]
+    used = [name for name in RESULTS if (folder / name).exists()] + [p.name for p in folder.glob("checkpoint-*")]
     if used and not (resume or overwrite):
         raise RecipeError(
             f"{show.short(str(folder))} holds another run ({used[0]})",
@@ -144,6 +148,7 @@ def claim(plan: Plan, loaded: Loaded, *, resume: bool, overwrite: bool) -> None:
         clear(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.json").unlink(missing_ok=True)
         (folder / "plan.json").write_text(plan.model_dump_json(indent=1), encoding="utf-8")
         (folder / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
     except OSError as error:
@@ -151,12 +156,24 @@ def claim(plan: Plan, loaded: Loaded, *, resume: bool, overwrite: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a run wrote, and nothing else."""
+    """Remove what a run wrote, and nothing else: what is left of an adapter would be loaded with the next result."""
+    result = [name for path in folder.glob("checkpoint-*/manifest.json") for name in _named(path)]
+    result += ["README.md"] if finished(folder) else []
+    for name in result:
+        (folder / Path(name).name).unlink(missing_ok=True)
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
+
+
+def _named(manifest: Path) -> list[str]:
+    """The files of a checkpoint, of which those of the model are also the run's result."""
+    try:
+        return [*json.loads(manifest.read_text(encoding="utf-8"))["files"]]
+    except (ValueError, KeyError, TypeError):
+        return []
 
 
 def start(plan: Plan, *, resume: bool, as_json: bool) -> int:
@@ -184,6 +201,8 @@ def report_end(plan: Plan, code: int) -> int:
     failure = read_error(plan.run / "error.json")
     if failure is not None:
         raise failure
+    if code in (-signal.SIGINT, -signal.SIGTERM):  # stopped before it listened
+        return 128 - code
     if code < 0:
         raise MachineError(
             f"the training process was killed by {signal.Signals(-code).name}",
@@ -202,7 +221,12 @@ def init(method: str, output: Path) -> int:
     if output.exists():
         raise RecipeError(f"{output} exists", "Name another file with --output.")
     text = template.read_text(encoding="utf-8").replace("$SCHEMA", schema_path())
-    output.write_text(text, encoding="utf-8")
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise MachineError(
+            f"{output} cannot be written: {error.strerror}", "Name another file with --output."
+        ) from error
     show.out.print(f"wrote {output}; next:\n  finetune validate {output}\n  finetune run {output}")
     return 0
 

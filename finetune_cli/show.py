@@ -5,17 +5,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from finetune_cli.errors import FinetuneError, Problem
 from finetune_cli.plan.resolve import Plan, leaves
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 Sink = Callable[[dict[str, Any]], None]
 out = Console(highlight=False, soft_wrap=True)
@@ -118,8 +120,8 @@ def screen(plan: Plan, *, as_json: bool) -> Sink:
 class Screen:
     """Follows a run. Lines stay, the bar below them moves; without a terminal there are only lines."""
 
-    def __init__(self, plan: Plan, console: Console) -> None:
-        self.plan, self.console = plan, console
+    def __init__(self, plan: Plan, console: Console, *, live: bool = True) -> None:
+        self.plan, self.console, self.live = plan, console, live and console.is_terminal
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         self.started = time.perf_counter()
@@ -141,7 +143,9 @@ class Screen:
             f"[bold]weights[/]  {event['trained']:,} of {event['weights']:,} are trained ({share:.2%}), "
             f"{event['total']} steps on {event['device']}"
         )
-        if self.console.is_terminal:
+        if self.live:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[last]}"))
             self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
             self.task = self.bar.add_task("train", total=event["total"], last="")

@@ -69,9 +69,9 @@ def work(plan: Plan, *, resume: bool, as_json: bool) -> None:
     job, progress = prepare.build(plan, words, sets, events.fan_out([show, *sinks]), resume=start)
     lines: list[dict[str, Any]] = []
     if job.accelerator.is_main_process:
+        trackers = events.Trackers(plan.recipe.logging, plan.run, {"fingerprint": plan.fingerprint})
         journal = events.Journal(plan.run / "metrics.jsonl", keep_through=progress.step if start else None)
         lines = journal.lines
-        trackers = events.Trackers(plan.recipe.logging, plan.run, {"fingerprint": plan.fingerprint})
         job.sink = events.fan_out([journal, trackers, show])
     progress = loop.train(job, progress)
     job.peaks = job.gather(job.memory_gib())
@@ -97,6 +97,8 @@ def _quiet() -> None:
 
 
 def _interrupt(number: int, frame: Any) -> None:  # noqa: ARG001
+    for each in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C comes twice: from the terminal, and passed on by the parent
+        signal.signal(each, signal.SIG_IGN)
     raise Interrupted(number)
 
 

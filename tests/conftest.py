@@ -47,16 +47,30 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_of(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Write a recipe on the tiny model and 12 rows, for the CPU: `recipe_of(train={"max_steps": 2})`."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def make(*, rows: list[dict[str, Any]] | None = None, name: str = "recipe.yaml", **sections: Any) -> Path:
-        data = write_rows(tmp_path / "train.jsonl", questions(12) if rows is None else rows)
-        return write_recipe(tmp_path / name, **{"model": str(tiny_model_folder), "data": str(data), **sections})
+        train = write_rows(tmp_path / "train.jsonl", questions(12) if rows is None else rows)
+        own = {"model": {"name_or_path": str(tiny_model_folder)}, "data": {"train": str(train)}}
+        merged = {key: {**value, **sections.pop(key, {})} for key, value in own.items()}
+        return write_recipe(tmp_path / name, **merged, **sections)
 
     return make
 
 
 @pytest.fixture
-def job_of(untouched: None) -> Callable[..., Any]:
+def one_thread() -> Iterator[None]:
+    """A model this small gains nothing from threads, and loses much where the cores are shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def job_of(one_thread: None) -> Callable[..., Any]:
     """(job, progress) of a recipe file, as the worker makes them; `sink` hears its events."""
 
     def make(recipe: Path, *overrides: str, sink: Any = lambda event: None, resume: Path | None = None) -> Any:

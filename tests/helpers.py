@@ -1,6 +1,9 @@
 """What several tests need: a small real tokenizer, chat templates of the kinds there are, and short forms."""
 
 import json
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -138,16 +141,15 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def write_recipe(path: Path, *, model: str, data: str | dict[str, Any], **sections: Any) -> Path:
-    """A recipe that runs in seconds on a CPU: fp32, LoRA r=4, three steps of four rows; `sections` change it.
+def write_recipe(path: Path, **sections: Any) -> Path:
+    """A recipe that runs in seconds on a CPU: fp32, LoRA r=4, three steps of four rows.
 
-    A section given as None is left out.
+    `sections` are merged into it; it needs `model` and `data` at least. A section given as None is left out.
     """
     recipe: dict[str, Any] = {
         "method": "sft",
         "output_dir": str(path.parent / "run"),
-        "model": {"name_or_path": model},
-        "data": {"train": data, "max_length": 128} if isinstance(data, str) else data,
+        "data": {"max_length": 128},
         "lora": {"r": 4, "lora_alpha": 8},
         "train": {
             "max_steps": 3, "per_device_train_batch_size": 2, "global_batch_size": 4, "learning_rate": 5e-4,
@@ -167,4 +169,11 @@ def write_recipe(path: Path, *, model: str, data: str | dict[str, Any], **sectio
 
 def journal(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
+
+
+def finetune(*arguments: str, launcher: tuple[str, ...] = (), cwd: Path, **environment: str) -> Any:
+    """`python [launcher] -m finetune_cli arguments` in its own process, on one thread of the CPU."""
+    command = [sys.executable, *launcher, "-m", "finetune_cli", *arguments]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)

@@ -93,7 +93,10 @@ def damage(folder: Path) -> str | None:
     manifest = folder / MANIFEST
     if not manifest.exists():
         return "it has no manifest"
-    files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError):
+        return "its manifest cannot be read"
     for name, digest in files.items():
         if not (folder / name).exists():
             return f"{name} is missing"

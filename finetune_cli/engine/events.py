@@ -19,7 +19,7 @@ class Journal:
     def __init__(self, path: Path, *, keep_through: int | None) -> None:
         self.path = path
         self.lines = _kept(path, keep_through)
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -35,8 +35,17 @@ class Journal:
 def _kept(path: Path, keep_through: int | None) -> list[dict[str, Any]]:
     if keep_through is None or not path.exists():
         return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    lines = [value for line in path.read_bytes().split(b"\n") if (value := _whole(line)) is not None]
     return [line for line in lines if line["step"] <= keep_through]
+
+
+def _whole(line: bytes) -> dict[str, Any] | None:
+    """A line's event; None where the process died while it wrote it."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 class Trackers:

@@ -8,6 +8,7 @@ from typing import Any
 from finetune_cli.engine import checkpoint
 from finetune_cli.engine.job import Job
 from finetune_cli.engine.loop import Progress
+from finetune_cli.engine.lora import sizes
 
 NOT_THE_RESULT = ("optimizer.pt", "scheduler.pt", "scaler.pt", checkpoint.MANIFEST, "trainer_state.json")
 
@@ -57,6 +58,8 @@ def make_report(job: Job, progress: Progress, step: int) -> dict[str, Any]:
         "last": progress.last,
         "result": {"checkpoint": f"{checkpoint.PREFIX}{step}", "step": step, "is": why(job, step, progress)},
         "versions": plan.versions,
+        "device": str(job.device),
+        "weights": dict(zip(("trained", "total"), sizes(job.policy), strict=True)),
         "layout": {"padded": job.padded_because is not None, "because": job.padded_because},
         "fingerprint": plan.fingerprint,
     }

@@ -95,8 +95,8 @@ def optimiser_step(job: Job, step: int, *, measure: bool, sums: Sums) -> tuple[f
     norm = float(job.accelerator.clip_grad_norm_(job.trained, limit))
     if math.isfinite(norm) or job.plan.resolved.precision == "fp16":  # the fp16 scaler skips such steps by itself
         job.optimizer.step()
-    if not job.accelerator.optimizer_step_was_skipped:
-        job.scheduler.step()
+        if not job.accelerator.optimizer_step_was_skipped:
+            job.scheduler.step()
     job.optimizer.zero_grad()
     return norm, counts, sum(row.length for row in rows)
 

@@ -2,11 +2,12 @@
 
 import importlib.util
 import json
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune_cli.errors import RecipeError, TrainError
+from finetune_cli.errors import DataError, FinetuneError, RecipeError, TrainError
 
 Metric = Callable[[Sequence[str], Sequence[str]], list[float]]
 """(answers, references) -> one number each, higher is better."""
@@ -23,7 +24,11 @@ def json_match(answers: Sequence[str], references: Sequence[str]) -> list[float]
 
 
 def _same_json(answer: str, reference: str) -> bool:
-    wanted = json.loads(reference)
+    try:
+        wanted = json.loads(reference)
+    except ValueError as error:
+        hint = "Every answer of the evaluation rows must be JSON for json_match; exact_match takes any text."
+        raise DataError(f"eval.metric json_match: the data's answer {reference[:60]!r} is not JSON", hint) from error
     try:
         return bool(json.loads(answer) == wanted)
     except (ValueError, RecursionError):
@@ -46,7 +51,10 @@ def find(metric: str) -> tuple[str, Metric]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a user's file may raise anything
+        raise RecipeError(f"{file} cannot be run: {_said(error)}", "Mend the file that eval.metric names.") from error
     function: Any = vars(module).get(name)
     if not callable(function):
         raise RecipeError(f"{file} has no function {name!r}", "eval.metric is file.py:function(answers, references).")
@@ -55,10 +63,21 @@ def find(metric: str) -> tuple[str, Metric]:
 
 def judge(name: str, metric: Metric, answers: Sequence[str], references: Sequence[str]) -> list[float]:
     """The metric's numbers, checked. Raises TrainError where it does not give one finite number for each answer."""
-    scores = [float(score) for score in metric(answers, references)]
+    try:
+        scores = [float(score) for score in metric(answers, references)]
+    except FinetuneError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        raise TrainError(f"eval.metric {name} failed: {_said(error)}", "Mend the function.") from error
     if len(scores) != len(answers) or not all(s == s and abs(s) != float("inf") for s in scores):
         raise TrainError(
             f"eval.metric {name} gave {len(scores)} numbers for {len(answers)} answers, or one that is not finite",
             "Return a list with one finite number for each answer.",
         )
     return scores
+
+
+def _said(error: Exception) -> str:
+    """An exception of the user's code on one line, with its place in that code."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(last.filename).name}:{last.lineno})"

@@ -150,7 +150,17 @@ def restore(job: Job, folder: Path) -> Progress:
     if "scaler" in training:
         job.accelerator.scaler.load_state_dict(training["scaler"])
     checkpoint.set_rng_state(training[f"rng_{job.rank}"])
-    return Progress.from_json(state["progress"])
+    return without_lost_best(job, Progress.from_json(state["progress"]))
+
+
+def without_lost_best(job: Job, progress: Progress) -> Progress:
+    """Where the folder of the best checkpoint is gone, what follows is compared anew."""
+    if job.plan.resolved.load_best_model_at_end and progress.best is not None:
+        folder = job.plan.run / f"{checkpoint.PREFIX}{progress.best[1]}"
+        if not folder.exists():
+            LOGGER.warning("%s, the best so far, is gone: the best is looked for from here on", folder.name)
+            progress.best = None
+    return progress
 
 
 def sample_prompts(sets: RowSets, number: int) -> list[Any]:

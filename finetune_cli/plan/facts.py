@@ -65,8 +65,11 @@ def _parameters(path: Path) -> int | None:
     """Weights by the headers of the safetensors files."""
     total = 0
     for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as f:
-            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        try:
+            with file.open("rb") as f:
+                header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        except (ValueError, OverflowError) as error:
+            raise ModelError(f"{file} is damaged: it has no safetensors header", "Fetch the model again.") from error
         for name, tensor in header.items():
             if name != "__metadata__":
                 total += _product(tensor["shape"])

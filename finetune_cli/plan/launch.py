@@ -24,7 +24,7 @@ def argv(plan: Plan, plan_file: Path, options: Sequence[str]) -> list[str]:
     if plan.resolved.num_processes == 1:
         return [sys.executable, *worker]
     port = plan.recipe.launch.main_process_port or free_port()
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(plan.resolved.num_processes)]
+    launcher = ["-m", "finetune_cli.engine.launcher", "--nproc_per_node", str(plan.resolved.num_processes)]
     return [sys.executable, *launcher, "--master_addr", "127.0.0.1", "--master_port", str(port), *worker]
 
 
@@ -34,7 +34,6 @@ def environment(plan: Plan) -> dict[str, str]:
     quiet = {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if plan.resolved.num_processes > 1:
         quiet["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
-        quiet["TORCHELASTIC_ERROR_FILE"] = os.devnull
     return {**os.environ, **quiet}
 
 

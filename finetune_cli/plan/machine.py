@@ -71,5 +71,15 @@ def _gpus() -> list[Gpu]:
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [[part.strip() for part in line.split(",")] for line in out.splitlines() if line.count(",") == 2]
-    gpus = [Gpu(name=n, memory_gib=round(float(m) / 1024, 1), compute_capability=float(c)) for n, m, c in rows]
-    return gpus if visible is None else gpus[: len(visible.split(","))]
+    gpus = [Gpu(name=n, memory_gib=_gpu_memory(m), compute_capability=float(c)) for n, m, c in rows]
+    if visible is None:
+        return gpus
+    names = [name.strip() for name in visible.split(",")]
+    if not all(name.isdecimal() for name in names):  # by UUID
+        return gpus[: len(names)]
+    return [gpus[int(name)] for name in names if int(name) < len(gpus)]
+
+
+def _gpu_memory(mib: str) -> float:
+    """A GPU that shares the machine's memory reports [N/A]."""
+    return round(float(mib) / 1024, 1) if mib.replace(".", "").isdecimal() else _memory() or 0.0

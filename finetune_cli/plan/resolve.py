@@ -198,7 +198,8 @@ def leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
 def _fingerprint(recipe: Recipe, resolved: Resolved) -> str:
     """Of the method, the model, the rows and the optimisation; not of logging, saving or where it is written."""
     parts = recipe.model_dump(include={"method", "model", "data", "seed", "lora", "quantization", "train"})
-    text = json.dumps([parts, resolved.learning_rate, resolved.precision, resolved.global_batch_size], sort_keys=True)
+    parts["train"] |= resolved.model_dump(include={"learning_rate", "precision", "global_batch_size"})
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

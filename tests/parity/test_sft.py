@@ -94,6 +94,9 @@ def test_first_step_equals_stock_transformers(
     )
     job, _ = job_of(path)
     assert (job.padded_because is None) == (layout == "auto")
+    layers = [module for module in job.policy.modules() if "gradient_checkpointing" in vars(module)]
+    assert layers
+    assert all(module.gradient_checkpointing == checkpointing for module in layers)
     loss, norm, grads = first_step(job)
 
     rows = [
@@ -127,7 +130,7 @@ def test_first_step_equals_trl(adapted, recipe_of, job_of, tiny_model_folder, tr
     path = recipe_of(
         rows=PAIRS,
         lora=None,
-        model=str(trained_adapter if adapted else tiny_model_folder),
+        model={"name_or_path": str(trained_adapter if adapted else tiny_model_folder)},
         train={"max_grad_norm": 0, "learning_rate": "auto"},
     )
     job, _ = job_of(path)

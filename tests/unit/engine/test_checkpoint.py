@@ -1,0 +1,139 @@
+"""A checkpoint is whole or it is not one."""
+
+import hashlib
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune_cli.engine import checkpoint
+from finetune_cli.engine.prepare import whole_checkpoint
+from finetune_cli.errors import TrainError
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model_folder):
+    return AutoModelForCausalLM.from_pretrained(tiny_model_folder), AutoTokenizer.from_pretrained(tiny_model_folder)
+
+
+def write(run, step, parts):
+    folder = run / f"checkpoint-{step}"
+    model, tokenizer = parts
+    training = {"optimizer": {"step": torch.tensor(step)}, "rng_0": checkpoint.rng_state()}
+    checkpoint.write(folder, model=model, tokenizer=tokenizer, training=training, state={"global_step": step})
+    return folder
+
+
+def test_manifest_names_every_file_and_its_sum(tmp_path, parts):
+    folder = write(tmp_path, 3, parts)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["step"] == 3
+    assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {"manifest.json"}
+    for name, digest in manifest["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    assert checkpoint.damage(folder) is None
+    assert not list(tmp_path.glob("*.writing"))
+    assert checkpoint.load_training(folder, ["optimizer"])["optimizer"]["step"] == 3
+    assert checkpoint.state(folder) == {"global_step": 3}
+
+
+def test_written_again_replaces_what_was_there(tmp_path, parts):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "old.bin").write_text("old")
+    (tmp_path / "checkpoint-3.writing").mkdir()
+    (tmp_path / "checkpoint-3.writing" / "torn.bin").write_text("torn")
+    folder = write(tmp_path, 3, parts)
+    assert checkpoint.damage(folder) is None
+    assert not {"old.bin", "torn.bin"} & {path.name for path in folder.iterdir()}
+
+
+def spoil(folder, how):
+    if how == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif how == "torn manifest":
+        text = (folder / "manifest.json").read_text()
+        (folder / "manifest.json").write_text(text[: len(text) // 2])
+    elif how == "empty manifest":
+        (folder / "manifest.json").write_text("{}")
+    elif how == "missing file":
+        (folder / "optimizer.pt").unlink()
+    elif how == "torn file":
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.truncate(1000)
+    elif how == "one bit":
+        data = bytearray((folder / "rng_0.pt").read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / "rng_0.pt").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("no manifest", "no manifest"),
+        ("torn manifest", "manifest cannot be read"),
+        ("empty manifest", "manifest cannot be read"),
+        ("missing file", "optimizer.pt is missing"),
+        ("torn file", "model.safetensors is not what was written"),
+        ("one bit", "rng_0.pt is not what was written"),
+    ],
+)
+def test_damaged_ones_are_named_and_passed_over(tmp_path, parts, caplog, how, said):
+    whole = write(tmp_path, 2, parts)
+    damaged = write(tmp_path, 10, parts)
+    (tmp_path / "checkpoint-12.writing").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    spoil(damaged, how)
+    assert said in checkpoint.damage(damaged)
+    assert checkpoint.found(tmp_path) == [whole, damaged]
+    with caplog.at_level("WARNING", logger="finetune_cli"):
+        assert whole_checkpoint(tmp_path) == whole
+    assert "checkpoint-10" in caplog.text
+    assert said in caplog.text
+    spoil(whole, "no manifest")
+    assert whole_checkpoint(tmp_path) is None
+
+
+def test_no_folder_no_checkpoint(tmp_path):
+    assert whole_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [
+        (None, None, [1, 2, 3, 9, 10]), (3, None, [3, 9, 10]), (1, None, [10]), (1, 2, [2, 10]), (2, 2, [2, 10]),
+        (3, 2, [2, 9, 10]), (1, 10, [10]), (3, 99, [3, 9, 10]), (9, 1, [1, 2, 3, 9, 10]),
+    ],
+)  # fmt: skip
+def test_prune_keeps_the_best_and_the_last(tmp_path, keep, best, left):
+    """By number, not by name: 10 is after 9."""
+    for step in (10, 9, 3, 2, 1):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.prune(tmp_path, keep=keep, best=best)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.found(tmp_path)] == left
+
+
+def test_generators_go_on_where_they_were(tmp_path, parts):
+    """After a write and a read, every generator draws what it would have drawn."""
+    folder = write(tmp_path, 1, parts)
+    wanted = torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist(), np.random.randn()
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    checkpoint.set_rng_state(checkpoint.load_training(folder, ["rng_0"])["rng_0"])
+    assert (torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist(), np.random.randn()) == wanted
+
+
+def test_another_number_of_processes_is_refused(tmp_path, parts):
+    folder = write(tmp_path, 1, parts)
+    with pytest.raises(TrainError, match="checkpoint-1 has no rng_1") as caught:
+        checkpoint.load_training(folder, ["optimizer", "rng_1"])
+    assert "number of processes" in caught.value.hint
+
+
+def test_saving_leaves_the_model_as_it_was(tmp_path, parts):
+    model, tokenizer = parts
+    model.config.use_cache = False
+    checkpoint.save_model(model, tokenizer, tmp_path)
+    assert model.config.use_cache is False
+    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is True

@@ -1,0 +1,70 @@
+"""metrics.jsonl survives whatever a run says and however it dies."""
+
+import json
+
+import pytest
+
+from finetune_cli.engine.events import Journal, Trackers
+from finetune_cli.errors import MachineError
+from finetune_cli.recipe.sections import Logging
+
+ODD = "{ \u2028 \x85 日本 🙂 \n }"
+
+
+def line(step, **fields):
+    return {"event": "sample", "step": step, "epoch": 0.0, **fields}
+
+
+def written(path):
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+
+
+def test_lines_are_flushed_and_events_of_the_screen_left_out(tmp_path):
+    journal = Journal(tmp_path / "m.jsonl", keep_through=None)
+    for event in ({"event": "progress", "step": 1}, line(1, answer=ODD), {"event": "train", "step": 1, "loss": 0.5}):
+        journal(event)
+    assert written(tmp_path / "m.jsonl") == [line(1, answer=ODD), {"event": "train", "step": 1, "loss": 0.5}]
+    assert journal.lines == written(tmp_path / "m.jsonl")
+    journal.close()
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 3))
+def test_resume_cuts_back_to_the_step_and_leaves_a_torn_line_out(tmp_path, cut):
+    """The last line was cut anywhere, in the middle of a character too."""
+    path = tmp_path / "m.jsonl"
+    journal = Journal(path, keep_through=None)
+    for step in range(5):
+        journal(line(step, answer=ODD, more={"a": 1}))
+    journal.close()
+    path.write_bytes(path.read_bytes()[:-cut])
+    again = Journal(path, keep_through=3)
+    again(line(4, answer="new"))
+    again.close()
+    assert written(path) == [*(line(step, answer=ODD, more={"a": 1}) for step in range(4)), line(4, answer="new")]
+
+
+def test_a_fresh_run_starts_empty(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"event": "train", "step": 1}\n')
+    Journal(tmp_path / "m.jsonl", keep_through=None).close()
+    assert (tmp_path / "m.jsonl").read_text() == ""
+
+
+def test_unknown_tracker_is_named(tmp_path):
+    with pytest.raises(MachineError, match="'tensorbord' is not a tracker") as caught:
+        Trackers(Logging(report_to=["tensorbord"]), tmp_path, {})
+    assert "tensorboard" in caught.value.hint
+
+
+def test_tensorboard_gets_the_numbers_under_their_names(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trackers = Trackers(Logging(), tmp_path, {"fingerprint": "abc"})
+    trackers({"event": "train", "step": 3, "epoch": 0.5, "loss": 0.25})
+    trackers({"event": "eval", "step": 3, "epoch": 0.5, "eval_loss": 0.75})
+    trackers({"event": "sample", "step": 3, "epoch": 0.5, "row": 1})
+    trackers.close()
+    files = (tmp_path / "tensorboard").rglob("events.out.tfevents.*")
+    (read,) = (found for file in files if (found := EventAccumulator(str(file)).Reload()).Tags()["scalars"])
+    assert set(read.Tags()["scalars"]) == {"loss", "eval_loss", "epoch"}
+    assert [(e.step, e.value) for e in read.Scalars("loss")] == [(3, 0.25)]
+    assert [(e.step, e.value) for e in read.Scalars("eval_loss")] == [(3, 0.75)]

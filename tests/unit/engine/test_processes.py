@@ -1,0 +1,77 @@
+"""Eight rows of one process are two processes of four, whoever starts them; through the command, as users do."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.helpers import finetune, journal, questions, write_recipe, write_rows
+
+pytestmark = pytest.mark.slow
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port")
+ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    """17 rows in steps of 8, 8 and 1: the second process has no row of its own in the last. Three rows to evaluate."""
+    folder = tmp_path_factory.mktemp("processes")
+    return write_recipe(
+        folder / "recipe.yaml",
+        model=str(tiny_model_folder),
+        data={
+            "train": str(write_rows(folder / "train.jsonl", questions(17))),
+            "eval_sets": str(write_rows(folder / "eval.jsonl", questions(3, first=17))),
+        },
+        train={"max_steps": None, "num_train_epochs": 1, "global_batch_size": 8, "per_device_train_batch_size": 4},
+        eval={"metric": "exact_match", "metric_rows": 3, "eval_steps": 100},
+    )
+
+
+def run(recipe: Path, name: str, *options: str, launcher: tuple[str, ...] = ()) -> Path:
+    """The run folder of a run that must succeed."""
+    folder = recipe.parent / name
+    done = finetune("run", str(recipe), "--set", f"output_dir={folder}", *options, launcher=launcher, cwd=recipe.parent)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(recipe: Path) -> Path:
+    return run(recipe, "alone", "--set", "num_processes=1", "--set", "per_device_train_batch_size=8")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    keys = ("loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy", "epoch")
+    keys += ("eval_loss", "eval_entropy", "eval_mean_token_accuracy", "eval_exact_match")
+    found, wanted = ([line for line in journal(run) if line["event"] in ("train", "eval")] for run in (one, other))
+    assert [(line["event"], line["step"]) for line in found] == [
+        ("eval", 0),
+        *[("train", n) for n in (1, 2, 3)],
+        ("eval", 3),
+    ]
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key in set(keys) & mine.keys():
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5), (mine["event"], mine["step"], key)
+    after, before = (load_file(run / "adapter_model.safetensors") for run in (one, other))
+    assert after.keys() == before.keys()
+    assert max(float((after[name] - before[name]).abs().max()) for name in after) < 1e-5
+    assert max(float(w.abs().max()) for name, w in after.items() if "lora_B" in name) > 1e-4
+
+
+def test_two_processes_of_four_equal_one_of_eight(recipe, alone):
+    two = run(recipe, "two", "--set", "num_processes=2")
+    assert_same_run(two, alone)
+    assert (two / "checkpoint-3" / "rng_1.pt").exists()
+
+
+def test_under_torchrun(recipe, alone):
+    from finetune_cli.plan.launch import free_port
+
+    assert_same_run(run(recipe, "torchrun", launcher=(*TORCHRUN, str(free_port()))), alone)
+
+
+def test_under_accelerate_launch(recipe, alone):
+    assert_same_run(run(recipe, "accelerate", launcher=ACCELERATE), alone)
