@@ -38,10 +38,9 @@ def error(failure: FinetuneError) -> None:
 def problem_line(problem: Problem) -> Text:
     """`file:line:col  key  what is wrong; what to do`, the same text with and without colours."""
     colour = "red" if problem.severity == "error" else "yellow"
-    text = Text(str(problem) + (f"  [{problem.rule}]" if problem.rule else ""))
-    if problem.key:
-        text.highlight_words([problem.key], style=f"bold {colour}")
-    return text
+    line = str(problem) + (f"  [{problem.rule}]" if problem.rule else "")
+    before, key, after = line.partition(problem.key) if problem.key else (line, "", "")
+    return Text.assemble(before, (key, f"bold {colour}"), after)
 
 
 def origins(plan: Plan) -> None:
@@ -217,6 +216,8 @@ def train_line(event: Mapping[str, Any]) -> str:
 def sample_panel(sample: Mapping[str, Any], before: str | None) -> Panel:
     """One prompt with its answers before and after, and the data's own."""
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
     rows = {"asked": sample["prompt"], "before": before, "after": sample["answer"], "wanted": sample["reference"]}
     styles = {"asked": "", "before": "red", "after": "green", "wanted": "dim"}
     for name, text in rows.items():
@@ -255,11 +256,16 @@ def load_line(plan: Plan, run: str) -> str:
     return f'in Python: {loader}.from_pretrained("{run}")'
 
 
+TRAINED = ("white on #1b5e20", "white on #33803a")
+CONTEXT = ("", "dim")
+"""Two shades each, so that one token ends where the next begins."""
+
+
 def tokens(texts: Sequence[str], trained: Sequence[bool]) -> Text:
     """Tokens in a row, what is trained in green, control characters visible."""
     text = Text()
     for n, (token, is_trained) in enumerate(zip(texts, trained, strict=True)):
-        style = ("black on green" if n % 2 else "black on bright_green") if is_trained else ("dim" if n % 2 else "")
+        style = (TRAINED if is_trained else CONTEXT)[n % 2]
         visible = token.replace("\n", "⏎\n")
         text.append(visible, style=style)
     return text

@@ -29,12 +29,26 @@ def _lines(text: str) -> tuple[str, ...]:
 TRAIN_FIRST = _list("""Ana, Ben, Carla, David, Elena, Frank, Grace, Hugo, Irene, Jack, Karen, Leo, Maria, Nick, Olga,
     Paul, Rosa, Sam, Tina, Victor, Wendy, Yusuf, Zoë, Amir, Bella, Chris, Diana, Erik, Fatima, George, Hannah, Ivan,
     Julia, Kevin, Laura, Marco, Nina, Oscar, Priya, Ravi, Sofia, Tom, Uma, Vera, Walter, Alice, Peter, Mei, Kofi, Lucy,
-    Łukasz, Emma, Noah, Clara, Adam, Ruth, Simon, Helen, Martin, Joan""")
+    Łukasz, Emma, Noah, Clara, Adam, Ruth, Simon, Helen, Martin, Joan, Abigail, Agnes, Albert, Alexei, Amelia, Andrew,
+    Angela, Anton, Astrid, Barbara, Benjamin, Boris, Bruno, Camille, Cecilia, Cedric, Charlotte, Dmitri, Dorothy, Edgar,
+    Edith, Elliot, Emilia, Esther, Ethan, Felix, Fiona, Gabriel, Georgia, Gustav, Harriet, Hassan, Ingrid, Isaac,
+    Ismail, Jasmine, Jerome, Josephine, Judith, Kamal, Katarina, Kenji, Larissa, Leonard, Liam, Lorenzo, Louise, Magnus,
+    Malik, Margaret, Matilda, Maurice, Miriam, Mohammed, Nadia, Natalie, Nathan, Nikolai, Octavia, Oliver,
+    Patricia, Philip, Quentin, Rachel, Raphael, Rebecca, Ricardo, Rosalind, Rupert, Sabina, Samuel, Sebastian,
+    Stella, Stefan, Sylvia,
+    Tamara, Theo, Ursula, Valentina, Viktoria, Vivian, William, Xavier, Yasmin, Yolanda, Zachary""")
 TRAIN_LAST = _list("""Silva, Smith, Rossi, Bennett, Garcia, Kim, Novak, Patel, Jones, Müller, Lopez, Chen, Wilson,
     Costa, Meyer, Khan, Taylor, Ito, Moore, Dubois, Walker, Singh, Hall, Jensen, Young, Moreau, King, Santos, Wright,
     Ali, Scott, Tanaka, Baker, Weber, Adams, Ricci, Nelson, Mensah, Carter, Larsen, Evans, Torres, Turner, Bauer,
     Parker, Sato, Collins, Kowalski, Cook, Rivera, Bell, Fischer, Cooper, Romero, Ward, Lee, Grant, Haddad, Ross,
-    Marin""")
+    Marin, Abbott, Acosta, Almeida, Anderson, Aziz, Bailey, Barros, Becker, Bergman, Bishop, Blanco, Brandt, Briggs,
+    Cabrera, Campbell, Chandra, Christensen, Coleman, Conti, Crawford, Dalton, Delgado, Dixon, Donovan, Eriksson,
+    Esposito, Farouk, Ferguson, Fernandez, Fleming, Fontaine, Foster, Gallo, Gibson, Goldberg, Graham, Greco, Griffin,
+    Hansen, Hartmann, Henderson, Hoffman, Howard, Hughes, Ibrahim, Iyer, Jacobs, Jimenez, Kaplan, Kaufman, Keller,
+    Kennedy, Kovacs, Kruger, Lambert, Lindgren, Lombardi, Lund, MacDonald, Mancini, Marshall, Mendoza, Mitchell, Morgan,
+    Nakamura, Navarro, Nielsen, Okafor, Oliveira, Ortega, Osman, Pereira, Peterson, Phillips, Popov, Quinn, Ramirez,
+    Reyes, Richter, Robinson, Rodriguez, Russo, Salazar, Sanders, Sharma, Simmons, Sokolov, Stewart, Sullivan, Vega,
+    Watson, Zimmerman""")
 EVAL_FIRST = _list("""Alan, Beth, Carlos, Daniel, Eva, Fred, Gloria, Henry, Isabel, James, Kate, Luis, Monica, Nora,
     Omar, Paula, Robert, Sarah, Tara, Vincent, Zara, André, Rita, Mark""")
 EVAL_LAST = _list("""Allen, Bianchi, Clark, Diaz, Edwards, Ferrari, Gomez, Harris, Ivanov, Johnson, Klein, Lewis,

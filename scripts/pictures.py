@@ -6,6 +6,7 @@ shown again through the screen that showed them first.
 
 import io
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -70,6 +71,7 @@ def preview_screen() -> None:
 def run_screen(run: Path) -> None:
     """The events of a finished run once more."""
     plan = Plan.model_validate_json((run / "plan.json").read_text(encoding="utf-8"))
+    plan = plan.model_copy(update={"output_dir": str(HERE / plan.recipe.output_dir)})
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = max(line["step"] for line in lines)
@@ -93,6 +95,8 @@ def run_screen(run: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python scripts/pictures.py RUN (the folder of a finished quickstart)")
+    run = Path(sys.argv[1]).resolve()
+    os.chdir(HERE)  # paths are shown relative to the working directory
     error_screen()
     preview_screen()
-    run_screen(Path(sys.argv[1]))
+    run_screen(run)

@@ -349,15 +349,14 @@ def test_exit_code_of_a_run_that_is_stopped(recipe_of, scripted, eval_rows, tmp_
 def test_resume_passes_over_a_damaged_checkpoint(recipe_of, run_here):
     path = recipe_of(train={"max_steps": 4}, save={"save_steps": 1})
     plan, _ = run_here(path)
-    wanted = load_file(plan.run / "adapter_model.safetensors")
+    wanted = (plan.run / "adapter_model.safetensors").read_bytes()
     (plan.run / "report.json").unlink()
     (plan.run / "checkpoint-4" / "manifest.json").unlink()
     with (plan.run / "checkpoint-3" / "adapter_model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x99")
     run_here(path, resume=True)
-    found = load_file(plan.run / "adapter_model.safetensors")
-    assert all(bool((found[name] == wanted[name]).all()) for name in wanted)
+    assert (plan.run / "adapter_model.safetensors").read_bytes() == wanted
     assert [line["step"] for line in journal(plan.run) if line["event"] == "train"] == [1, 2, 3, 4]
 
 
@@ -365,12 +364,11 @@ def test_full_fine_tuning_resumes(recipe_of, run_here):
     """The weights are those of the checkpoint, not of the model that the recipe names."""
     path = recipe_of(lora=None, train={"max_steps": 4, "learning_rate": 5e-5}, save={"save_steps": 2})
     plan, _ = run_here(path)
-    wanted = load_file(plan.run / "model.safetensors")
+    wanted = (plan.run / "model.safetensors").read_bytes()
     (plan.run / "report.json").unlink()
     shutil.rmtree(plan.run / "checkpoint-4")
     run_here(path, resume=True)
-    found = load_file(plan.run / "model.safetensors")
-    assert all(bool((found[name] == wanted[name]).all()) for name in wanted)
+    assert (plan.run / "model.safetensors").read_bytes() == wanted
 
 
 def test_resume_without_the_best_checkpoint_still_ends(recipe_of, run_here, scripted, eval_rows):
