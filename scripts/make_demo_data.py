@@ -11,7 +11,7 @@ from random import Random
 
 DATA_DIR = Path(__file__).resolve().parents[1] / "recipes" / "data"
 SEED = 20250312
-SFT_ROWS, EVAL_ROWS, PAIR_ROWS, PROMPT_ROWS = 1600, 100, 400, 300
+SFT_ROWS, EVAL_ROWS, PAIR_ROWS, PROMPT_ROWS = 1600, 100, 360, 300
 # Every prompt token costs training time on a CPU; these limits keep a prompt within about 45 tokens.
 MAX_WORDS, MAX_CHARS = 30, 150
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DATA_DIR = ROOT / "recipes" / "data"
 TRAIN_FILES = ("orders_sft.jsonl", "orders_pairs.jsonl", "orders_prompts.jsonl")
-ROWS = {"orders_sft.jsonl": 1600, "orders_eval.jsonl": 100, "orders_pairs.jsonl": 400, "orders_prompts.jsonl": 300}
+ROWS = {"orders_sft.jsonl": 1600, "orders_eval.jsonl": 100, "orders_pairs.jsonl": 360, "orders_prompts.jsonl": 300}
 
 
 def load_script() -> ModuleType:
