@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_cli import log
-from finetune_cli.errors import FinetuneError, Problem, TrainError
+from finetune_cli.errors import KINDS, FinetuneError, Problem, TrainError
 from finetune_cli.plan.resolve import Plan
 
 INTERNAL = 1
@@ -65,8 +65,7 @@ def work(plan: Plan, *, resume: bool, as_json: bool) -> None:
     if log.rank() == 0:
         show({"event": "rows", **sets.summary()})
     start = prepare.whole_checkpoint(plan.run) if resume else None
-    sinks: list[Any] = []
-    job, progress = prepare.build(plan, words, sets, events.fan_out([show, *sinks]), resume=start)
+    job, progress = prepare.build(plan, words, sets, show, resume=start)
     lines: list[dict[str, Any]] = []
     if job.accelerator.is_main_process:
         trackers = events.Trackers(plan.recipe.logging, plan.run, {"fingerprint": plan.fingerprint})
@@ -124,8 +123,7 @@ def read_error(path: Path) -> FinetuneError | None:
     if not path.exists():
         return None
     value = json.loads(path.read_text(encoding="utf-8"))
-    kinds = {kind.exit_code: kind for kind in FinetuneError.__subclasses__()}
-    kind = kinds.get(value["exit_code"], FinetuneError)
+    kind = KINDS.get(value["exit_code"], FinetuneError)
     return kind(value["message"], value["hint"], problems=tuple(Problem(**p) for p in value["problems"]))
 
 

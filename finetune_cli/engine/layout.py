@@ -7,6 +7,7 @@ from torch import nn
 
 from finetune_cli.data.batches import Batch, padded, tree
 from finetune_cli.engine.attention import NAME, register
+from finetune_cli.engine.score import trunk_of
 from finetune_cli.recipe.sections import Model
 from finetune_cli.types import Branch, Row
 
@@ -80,8 +81,7 @@ def _probe(model: Any) -> str | None:
 
 
 def _states(model: Any, batch: Batch) -> torch.Tensor | None:
-    trunk = model.base_model
-    hidden = trunk(**batch.inputs()).last_hidden_state.float().flatten(0, 1)[batch.read_N]
+    hidden = trunk_of(model)(**batch.inputs()).last_hidden_state.float().flatten(0, 1)[batch.read_N]
     layers = model.config.get_text_config().num_hidden_layers
     complete = batch.segments is None or batch.segments.seen >= layers
     return hidden if complete else None

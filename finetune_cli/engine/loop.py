@@ -43,11 +43,10 @@ class Clock:
 
     seconds: float = 0.0
     tokens: int = 0
-    steps: int = 0
 
     def take(self) -> tuple[float, int]:
         taken = self.seconds, self.tokens
-        self.seconds, self.tokens, self.steps = 0.0, 0, 0
+        self.seconds, self.tokens = 0.0, 0
         return taken
 
 
