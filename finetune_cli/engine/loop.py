@@ -138,7 +138,11 @@ def advance(progress: Progress, counts: Counts, tokens: int, seconds: float) -> 
 
 
 def watch(job: Job, progress: Progress, norm: float) -> None:
-    """Stop at a gradient that is not a number, before anything of it is saved."""
+    """Report a gradient that explodes; stop at one that is not a number, before anything of it is saved."""
+    limit = job.recipe.health.max_grad_norm_warning
+    if math.isfinite(norm) and norm > limit:
+        message = f"gradient norm {norm:.3g} is above {limit:g}; lower train.learning_rate if it stays there"
+        job.emit(job.event("health", progress.step, rule="grad_norm", message=message))
     if math.isfinite(norm) or job.plan.resolved.precision == "fp16":
         return
     rows = [row.source for row in job.rows_of(job.schedule.step(progress.step - 1))]

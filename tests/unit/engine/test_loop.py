@@ -206,3 +206,12 @@ def test_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(recipe_of
         assert checkpoint.damage(folder) is None
         saved = torch.load(folder / "optimizer.pt", weights_only=True)
         assert all(bool(torch.isfinite(v).all()) for s in saved["state"].values() for v in s.values())
+
+
+@pytest.mark.parametrize(("limit", "wanted"), [(1e-6, [1, 2]), (1e6, [])])
+def test_gradient_norm_above_the_limit_is_reported_at_its_step(recipe_of, job_of, limit, wanted):
+    events = []
+    path = recipe_of(train={"max_steps": 2}, eval={"eval_strategy": "no"}, health={"max_grad_norm_warning": limit})
+    job, progress = job_of(path, sink=events.append)
+    train(job, progress)
+    assert [(e["step"], e["rule"]) for e in events if e["event"] == "health"] == [(s, "grad_norm") for s in wanted]
