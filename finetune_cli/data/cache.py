@@ -26,7 +26,7 @@ import finetune_cli
 from finetune_cli.data.builtin import cache_root
 from finetune_cli.data.chat import Chat
 from finetune_cli.data.encode import Encoded, encode_set
-from finetune_cli.data.sources import fingerprint
+from finetune_cli.data.readers import fingerprint
 from finetune_cli.methods import Method
 from finetune_cli.recipe.sections import Data, Source
 from finetune_cli.types import Branch, Row

@@ -13,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from finetune_cli.data.cells import EmptyValue, Raw
 from finetune_cli.data.chat import Chat
-from finetune_cli.data.sources import EmptyValue, Raw, Table, load, together
+from finetune_cli.data.readers import together
+from finetune_cli.data.sources import Table, load
 from finetune_cli.errors import DataError, Problem
 from finetune_cli.methods import Method
 from finetune_cli.recipe.sections import Data, Source

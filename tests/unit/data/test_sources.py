@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from finetune_cli.data.sources import EmptyValue, fingerprint, load, shape_of
+from finetune_cli.data.cells import EmptyValue
+from finetune_cli.data.readers import fingerprint
+from finetune_cli.data.sources import load, shape_of
 from finetune_cli.errors import DataError
 from finetune_cli.recipe.sections import Source
 from tests.helpers import said
