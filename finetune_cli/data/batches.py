@@ -104,15 +104,18 @@ def tree(rows: Sequence[Row], *, backend: str = "sdpa") -> Batch:
     owner = 0
     for row in rows:
         start, length = len(ids), len(row.prefix)
-        if length:
-            ids += row.prefix
-            positions += range(length)
+        alone = len(row.branches) == 1  # then prefix and branch are one segment: half the calls
+        ids += row.prefix
+        positions += range(length)
+        if length and not alone:
             spans.append(Segment(start, start + length))
         for branch in row.branches:
             first = len(ids)
-            if branch.ids:
-                ids += branch.ids
-                positions += range(length, length + len(branch.ids))
+            ids += branch.ids
+            positions += range(length, length + len(branch.ids))
+            if alone:
+                spans.append(Segment(start, len(ids)))
+            elif branch.ids:
                 spans.append(Segment(first, len(ids), start, start + length) if length else Segment(first, len(ids)))
             before = [start + length - 1, *range(first, len(ids) - 1)]  # what predicts each token of the branch
             targets += [

@@ -101,6 +101,7 @@ def load_policy(plan: Plan, location: Location) -> Any:
     elif recipe.lora is not None:
         torch.manual_seed(recipe.seed)  # the adapters' own draw, whatever was drawn before
         model = lora.attach(model, recipe.lora)
+    lora.hasten(model)
     if plan.resolved.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

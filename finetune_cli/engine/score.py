@@ -88,8 +88,9 @@ Scored = tuple[Tensor, Tensor | None, Tensor | None]
 """(log p of each label [N], whether it was the most probable [N], entropy in nats [N]), float32; the latter two on
 demand."""
 
-CHUNK_LOGITS = 2**24
-"""Logits alive at once: 64 MiB in float32."""
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**26}
+"""Logits alive at once. On a CPU, whose products lose 8% against twice as many, 32 MiB in float32. A GPU needs some
+hundred rows before the head's weight is read less often than it is multiplied with."""
 
 
 def score(head: Head, h_ND: Tensor, label_N: Tensor, *, measure: bool) -> Scored:
@@ -97,7 +98,7 @@ def score(head: Head, h_ND: Tensor, label_N: Tensor, *, measure: bool) -> Scored
 
     A frozen plain head has its gradient made in the same pass; any other is recomputed in backward.
     """
-    chunk = max(16, CHUNK_LOGITS // head.vocabulary)
+    chunk = max(16, CHUNK_LOGITS["cpu" if h_ND.device.type == "cpu" else "cuda"] // head.vocabulary)
     weight = head.frozen_weight
     if weight is not None:
         made: Any = FrozenHead.apply
@@ -131,6 +132,42 @@ def plain(head: Head, h_ND: Tensor, label_N: Tensor, measure: bool) -> Scored:
     return logps_N, correct_N, entropy_N
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a chunk's logits and probabilities are written to, one chunk after the other: fresh memory for each costs a
+    CPU more than what is computed in it."""
+
+    product_NV: Tensor
+    """Logits as the head's product gives them, then what the product by its weight takes; the head's format."""
+    z_NV: Tensor
+    p_NV: Tensor
+
+    @classmethod
+    def of(cls, rows: int, weight_VD: Tensor) -> "Room":
+        product = weight_VD.new_empty(rows, weight_VD.shape[0])
+        z = product if product.dtype == torch.float32 else torch.empty_like(product, dtype=torch.float32)
+        return cls(product, z, torch.empty_like(z))
+
+    def logits(
+        self, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(logits [N, V], room for their probabilities, the soft cap's slope at them), float32."""
+        rows = h_ND.shape[0]
+        product_NV, z_NV, p_NV = self.product_NV[:rows], self.z_NV[:rows], self.p_NV[:rows]
+        torch.mm(h_ND.to(weight_VD.dtype), weight_VD.T, out=product_NV)
+        z_NV.copy_(product_NV if bias_V is None else product_NV.add_(bias_V))
+        if scale != 1.0:
+            z_NV *= scale
+        if softcap is None:
+            return z_NV, p_NV, None
+        bent_NV = torch.tanh(z_NV / softcap)
+        return bent_NV * softcap, p_NV, 1 - bent_NV * bent_NV
+
+    def rounded(self, p_NV: Tensor) -> Tensor:
+        """The same in the head's format."""
+        return self.product_NV[: p_NV.shape[0]].copy_(p_NV)
+
+
 class FrozenHead(torch.autograd.Function):
     """Log-probabilities with d lp / d h made in the forward chunk: W[y] - softmax(z) W, through scale and soft cap.
 
@@ -155,29 +192,25 @@ class FrozenHead(torch.autograd.Function):
         logps_N = h_ND.new_empty(rows, dtype=torch.float32)
         correct_N, entropy_N = (torch.empty_like(logps_N) if measure else None for _ in range(2))
         dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
+        room = Room.of(min(chunk, rows), weight_VD)
         with torch.autocast(h_ND.device.type, enabled=False):
             for a in range(0, rows, chunk):
                 b = min(a + chunk, rows)
-                y_N = label_N[a:b]
-                z_NV = F.linear(h_ND[a:b].to(weight_VD.dtype), weight_VD, bias_V).float()
-                if scale != 1.0:
-                    z_NV *= scale
-                slope_NV = None
-                if softcap is not None:
-                    bent_NV = torch.tanh(z_NV / softcap)
-                    z_NV, slope_NV = bent_NV * softcap, 1 - bent_NV * bent_NV
-                lse_N = torch.logsumexp(z_NV, -1)
-                logps_N[a:b] = z_NV.gather(1, y_N[:, None])[:, 0] - lse_N
+                y_N1 = label_N[a:b, None]
+                z_NV, p_NV, slope_NV = room.logits(h_ND[a:b], weight_VD, bias_V, scale, softcap)
+                top_N = z_NV.amax(-1)
+                torch.softmax(z_NV, -1, out=p_NV)
+                lse_N = top_N - p_NV.amax(-1).log()  # the largest probability is at least 1 / V
+                logps_N[a:b] = z_NV.gather(1, y_N1)[:, 0] - lse_N
                 if correct_N is not None and entropy_N is not None:
-                    correct_N[a:b] = (z_NV.argmax(-1) == y_N).float()
-                    entropy_N[a:b] = lse_N - (torch.exp(z_NV - lse_N[:, None]) * z_NV).sum(-1)
+                    correct_N[a:b] = (z_NV.argmax(-1) == y_N1[:, 0]).float()
+                    entropy_N[a:b] = lse_N - torch.linalg.vecdot(p_NV, z_NV)
                 if dh_ND is None:
                     continue
-                g_NV = z_NV.sub_(lse_N[:, None]).exp_()
-                g_NV[torch.arange(b - a, device=g_NV.device), y_N] -= 1.0  # minus d lp / d z
+                p_NV.scatter_add_(1, y_N1, torch.full_like(y_N1, -1.0, dtype=torch.float32))  # minus d lp / d z
                 if slope_NV is not None:
-                    g_NV *= slope_NV
-                dh_ND[a:b] = (g_NV.to(weight_VD.dtype) @ weight_VD) * -scale
+                    p_NV *= slope_NV
+                dh_ND[a:b] = (room.rounded(p_NV) @ weight_VD) * -scale
         ctx.save_for_backward(dh_ND)
         if correct_N is not None and entropy_N is not None:
             ctx.mark_non_differentiable(correct_N, entropy_N)

@@ -32,7 +32,7 @@ def wanted(head: Head, h_ND, label_N):
 @pytest.mark.parametrize("kind", ["frozen", "trained"])
 @pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (0.25, None, True), (0.5, 3.0, False)])
 def test_scores_and_gradients(monkeypatch, kind, scale, softcap, bias):
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 16 * V)  # three chunks
+    monkeypatch.setitem(module.CHUNK_LOGITS, "cpu", 16 * V)  # three chunks
     head = head_of(kind, scale, softcap, bias)
     label_N, weights = torch.randint(0, V, (N,)), torch.randn(N)
     h = torch.randn(N, D, requires_grad=True)
