@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from finetune_cli.data.batches import Segments
+from finetune_cli.engine.written import Rule, WrittenOut, causal_mask
 
 NAME = "segments"
 """transformers branches on names that contain flash, sdpa or flex; this one does not."""
@@ -82,8 +83,12 @@ def segments_attention(
     assert attention_mask is not None
     layout.seen += 1
     chunked, local = attention_mask.shape[1] == 2, attention_mask.shape[3]
-    simple = softcap is None and s_aux is None and not chunked and dropout == 0.0
-    if layout.backend != "sdpa" and simple and query.dtype in (torch.bfloat16, torch.float16):
+    plain = softcap is None and s_aux is None and dropout == 0.0
+    if plain and query.device.type == "cpu" and layout.backend == "sdpa":
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        made: Any = WrittenOut.apply
+        return made(query[0], key[0], value[0], scale, Rule(local, chunked), layout)[None], None
+    if plain and layout.backend != "sdpa" and not chunked and query.dtype in (torch.bfloat16, torch.float16):
         kernel = flash_attention if layout.backend == "flash_attention_2" else varlen_attention
         return kernel(query, key, value, layout, scaling, local), None
     return by_segment(query, key, value, layout, (scaling, dropout, softcap, s_aux), local, chunked=chunked), None
@@ -143,15 +148,6 @@ def by_segment(
             mask = causal_mask(q.shape[2], k.shape[2], local, chunked=chunked, device=q.device)
         outs.append(attend(q, k, v, mask, mask is None, *rest))
     return torch.cat(outs, 2).transpose(1, 2).contiguous()
-
-
-def causal_mask(queries: int, keys: int, local: int, *, chunked: bool, device: torch.device) -> Tensor:
-    """[L, K], True where query i (the last L of K positions) sees key j. `local` 0 is no window."""
-    i, j = torch.arange(keys - queries, keys, device=device)[:, None], torch.arange(keys, device=device)[None]
-    mask = j <= i
-    if local:
-        mask = mask & ((i // local == j // local) if chunked else (i - j < local))
-    return mask
 
 
 def varlen_attention(

@@ -61,7 +61,9 @@ def _switch(model: Any, config: Any) -> str | None:
 
 @torch.no_grad()
 def _probe(model: Any) -> str | None:
-    """Nine tokens with a shared prefix must give the states that they give as two padded rows."""
+    """Nine tokens with a shared prefix must give the states that they give as two padded rows, each as a whole: in
+    bfloat16 SmolLM2's are 8% off those of float32 (of their length; one number of them by more than a standard
+    deviation), whichever attention computes them, while states that crossed rows are another vector."""
     size = model.config.get_text_config().vocab_size
     ids = [3 % size, 5 % size, 7 % size, 11 % size, 13 % size, 17 % size, 19 % size, 23 % size, 29 % size]
     row = Row(ids[:4], tuple(Branch(b, [True] * len(b)) for b in (ids[4:7], ids[7:])))
@@ -76,12 +78,13 @@ def _probe(model: Any) -> str | None:
         model.train(training)
     if shared is None or alone is None:
         return "its layers do not all go through the attention interface"
-    off = float((shared - alone).abs().max() / alone.std().clamp_min(1e-6))
-    return None if off < 0.1 else f"a trial gave other states than padded rows ({off:.2g} standard deviations off)"
+    off = float(((shared - alone).norm(dim=-1) / alone.norm(dim=-1).clamp_min(1e-6)).max())
+    limit = 0.01 if shared.dtype == torch.float32 else 0.25
+    return None if off < limit else f"a trial gave other states than padded rows ({off:.0%} off)"
 
 
 def _states(model: Any, batch: Batch) -> torch.Tensor | None:
-    hidden = trunk_of(model)(**batch.inputs()).last_hidden_state.float().flatten(0, 1)[batch.read_N]
+    hidden: torch.Tensor = trunk_of(model)(**batch.inputs()).last_hidden_state.flatten(0, 1)[batch.read_N]
     layers = model.config.get_text_config().num_hidden_layers
     complete = batch.segments is None or batch.segments.seen >= layers
     return hidden if complete else None

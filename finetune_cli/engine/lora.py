@@ -98,6 +98,6 @@ class FastLinear(LoraLinear):  # type: ignore[misc]
 def hasten(model: nn.Module) -> None:
     """Let every plain adapter on a frozen linear layer be computed by `Adapted`."""
     for layer in model.modules():
-        plain = type(layer) is LoraLinear and type(layer.base_layer) is nn.Linear
-        if plain and not any(p.requires_grad for p in layer.base_layer.parameters()):
+        base = layer.base_layer if type(layer) is LoraLinear else None
+        if type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters()):
             layer.__class__ = FastLinear

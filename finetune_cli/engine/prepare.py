@@ -1,6 +1,8 @@
 """From a plan to a job: tokens first, then processes, then weights."""
 
+import ctypes
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,20 @@ def accelerator(plan: Plan) -> Any:
     """Started under a launcher it joins the others; alone it is one process."""
     from accelerate import Accelerator
 
+    if plan.machine.device == "cpu":
+        keep_freed_memory()
     precision = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}[plan.resolved.precision]
     return Accelerator(mixed_precision=precision, cpu=plan.machine.device == "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next tensor. By its own choice it gives large pieces back to the system,
+    and every step pays again for having each page of them mapped and cleared. Other systems are left alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def seed_everything(seed: int, rank: int) -> None:
