@@ -49,7 +49,10 @@ class Adapted(torch.autograd.Function):
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         with torch.autocast(x.device.type, enabled=False):
-            x_TI, weight_OI, a_RI, b_OR = x.to(dtype).flatten(0, -2), *(w.to(dtype) for w in (weight_OI, a_RI, b_OR))
+            x_TI, weight_OI, a_RI, b_OR = (
+                x.to(dtype).reshape(-1, x.shape[-1]),
+                *(w.to(dtype) for w in (weight_OI, a_RI, b_OR)),
+            )
             y_TO = F.linear(x_TI, weight_OI, None if bias_O is None else bias_O.to(dtype))
             u_TR = x_TI @ a_RI.T
             torch.addmm(y_TO, u_TR, b_OR.T, alpha=scaling, out=y_TO)
@@ -62,7 +65,7 @@ class Adapted(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, weight_OI, a_RI, b_OR, u_TR = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):
-            dy_TO = dy.flatten(0, -2)
+            dy_TO = dy.reshape(-1, dy.shape[-1])
             du_TR = (dy_TO @ b_OR).mul_(ctx.scaling)
             dx_TI = None
             if ctx.needs_input_grad[0]:

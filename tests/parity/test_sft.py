@@ -20,13 +20,12 @@ PAIRS = [
 ]
 
 
-@pytest.fixture
-def trained_adapter(tiny_model_folder, tmp_path) -> Path:
+def adapter(tiny_model_folder: Path, tmp_path: Path, targets: Any) -> Path:
     """An adapter whose B is not zero: with B = 0 the gradient of A is zero and proves nothing."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(3)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_folder), config)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -35,6 +34,11 @@ def trained_adapter(tiny_model_folder, tmp_path) -> Path:
     model.save_pretrained(tmp_path / "adapter")
     AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+@pytest.fixture
+def trained_adapter(tiny_model_folder, tmp_path) -> Path:
+    return adapter(tiny_model_folder, tmp_path, "all-linear")
 
 
 def first_step(job: Any) -> tuple[float, float, dict[str, torch.Tensor]]:
@@ -81,15 +85,16 @@ CHAT = [
 
 @pytest.mark.parametrize("layout", ["auto", "padded"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
-@pytest.mark.parametrize("adapted", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"], None], ids=["lora", "lora-head", "full"])
 def test_first_step_equals_stock_transformers(
-    adapted, checkpointing, layout, recipe_of, job_of, tiny_model_folder, trained_adapter
+    targets, checkpointing, layout, recipe_of, job_of, tiny_model_folder, tmp_path
 ):
     """Two batches of two rows by us; by stock transformers one right-padded batch of four, its own loss."""
+    start = adapter(tiny_model_folder, tmp_path, targets) if targets else None
     path = recipe_of(
         rows=CHAT,
         lora=None,
-        model={"name_or_path": str(trained_adapter if adapted else tiny_model_folder), "layout": layout},
+        model={"name_or_path": str(start or tiny_model_folder), "layout": layout},
         train={"gradient_checkpointing": checkpointing, "max_grad_norm": 0, "learning_rate": "auto"},
     )
     job, _ = job_of(path)
@@ -110,7 +115,7 @@ def test_first_step_equals_stock_transformers(
         label_BT[b, : len(ids)] = torch.tensor([i if t else -100 for i, t in zip(ids, trained, strict=True)])
     assert int((label_BT != -100).sum()) == sum(row.targets for row in job.data.rows)
 
-    model = stock_of(tiny_model_folder, trained_adapter if adapted else None).train()
+    model = stock_of(tiny_model_folder, start).train()
     wanted = model(input_ids=ids_BT, attention_mask=mask_BT, labels=label_BT).loss
     wanted.backward()
     theirs = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

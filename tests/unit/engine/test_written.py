@@ -1,0 +1,60 @@
+"""Attention written out, against PyTorch's own with the same mask in float64: rules, shapes, blocks, both ways back."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from finetune_cli.data.batches import Segment, Segments
+from finetune_cli.engine import written
+from finetune_cli.engine.written import Rule, WrittenOut, causal_mask
+
+SPANS = [Segment(0, 9), Segment(9, 14, 0, 9), Segment(14, 15, 0, 9), Segment(15, 33)]
+
+
+def wanted(q, k, v, scaling, rule):
+    """[H, T, D] -> [T, H, D], segment by segment."""
+    k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
+    outs = []
+    for start, stop, back_start, back_stop in SPANS:
+        seen = [*range(back_start, back_stop), *range(start, stop)]
+        mask = causal_mask(stop - start, len(seen), rule.local, chunked=rule.chunked, device=q.device)
+        outs.append(
+            F.scaled_dot_product_attention(q[:, start:stop], k[:, seen], v[:, seen], attn_mask=mask, scale=scaling)
+        )
+    return torch.cat(outs, 1).transpose(0, 1)
+
+
+def inputs(dtype, heads=4, kv_heads=2, size=8):
+    torch.manual_seed(0)
+    tokens = SPANS[-1].stop
+    laid_out = [torch.randn(tokens, h, size, dtype=dtype) for h in (heads, kv_heads, kv_heads)]
+    return [x.transpose(0, 1).requires_grad_() for x in laid_out], torch.randn(tokens, heads, size, dtype=dtype)
+
+
+@pytest.mark.parametrize("kept", [0, 512], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("block", [4, 128])
+@pytest.mark.parametrize("rule", [Rule(0, False), Rule(3, False), Rule(3, True)], ids=["causal", "window", "chunks"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_equal_to_the_plain_formula(monkeypatch, rule, block, kept, kv_heads):
+    monkeypatch.setattr(written, "BLOCK", block)
+    monkeypatch.setattr(written, "KEPT", kept)
+    (q, k, v), weights = inputs(torch.float64, kv_heads=kv_heads)
+    out = WrittenOut.apply(q, k, v, 0.3, rule, Segments(SPANS))
+    again = wanted(q, k, v, 0.3, rule)
+    torch.testing.assert_close(out, again, rtol=1e-10, atol=1e-12)
+    mine, theirs = (torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (out, again))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_bfloat16_is_as_near_to_the_truth_as_the_fused_kernel():
+    (q, k, v), weights = inputs(torch.bfloat16)
+    true = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    reference = wanted(*true, 0.3, Rule(0, False))
+    exact = [reference, *torch.autograd.grad((reference * weights.double()).sum(), true)]
+    errors = []
+    for out in (WrittenOut.apply(q, k, v, 0.3, Rule(0, False), Segments(SPANS)), wanted(q, k, v, 0.3, Rule(0, False))):
+        found = [out, *torch.autograd.grad((out * weights).sum(), (q, k, v))]
+        errors.append([float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)])
+    for mine, fused in zip(*errors, strict=True):
+        assert mine < max(2 * fused, 4e-3)
