@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune_cli.data.cache import encoded
-from finetune_cli.data.chat import Chat, text_of
+from finetune_cli.data.chat import Chat
 from finetune_cli.data.encode import Encoded, split_eval
+from finetune_cli.data.forms import text_of
 from finetune_cli.data.sources import load
 from finetune_cli.errors import DataError
 from finetune_cli.recipe.sections import Recipe, Source

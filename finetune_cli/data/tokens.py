@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Self
 
+from finetune_cli.data.spans import Span
 from finetune_cli.errors import DataError
-
-Span = tuple[int, int]
-"""Characters from the first, included, to the second, not included."""
 
 
 @dataclass(frozen=True, slots=True)

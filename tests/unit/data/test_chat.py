@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from finetune_cli.data.chat import Chat, forms, lost
+from finetune_cli.data.chat import Chat
+from finetune_cli.data.forms import forms, lost
 from finetune_cli.data.tokens import Encoder
 from finetune_cli.errors import DataError
 from tests.helpers import CHATML, GEMMA, LLAMA3, MISTRAL, QWEN3, R1, said, tiny_tokenizer, trained_texts
@@ -337,9 +338,9 @@ def test_trl_templates(monkeypatch):
 def check_row(chat: Chat, text: str, spans: Any, tokens: Any, where: str) -> None:
     for start, end in spans:
         assert not text[end - 1].isspace(), where
-        assert text[end:].strip() == "" or text.endswith(chat.stops, start, end) or chat.specials.match(text, end), (
-            where
-        )
+        assert (
+            text[end:].strip() == "" or text.endswith(chat.style.stops, start, end) or chat.specials.match(text, end)
+        ), where
         if not tokens.retokenised:
             prompt = chat.encoder.one(text[:start])
             assert tokens.ids[: len(prompt)] == prompt, where
