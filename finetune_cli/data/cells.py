@@ -14,6 +14,9 @@ ROLES = {
 }  # fmt: skip
 """Names of roles in files -> ours; `function_call` is an assistant's message that calls tools."""
 
+RENDER = ("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize")
+"""Arguments of a render that `chat_template_kwargs` may not set."""
+
 
 class EmptyValue(DataError):
     """A value that has to say something is empty or null."""
@@ -21,13 +24,15 @@ class EmptyValue(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """A row as it is in the file, its columns under our names. `source` counts over all sources of a set, from 0."""
+    """A row as it is in the file, its columns under our names. `source` counts over all sources of a set, from 0;
+    `wrong` says why nothing can be made of it, whatever its columns hold."""
 
     values: Mapping[str, Any]
     source: int
     file: str
     row: int
     line: int = 0
+    wrong: Problem | None = None
 
     @property
     def place(self) -> str:
@@ -84,6 +89,8 @@ class Cells:
         for i, tool in enumerate(tools or ()):
             if not isinstance(tool, dict):
                 self.fail(f"tools[{i}]", tool, "an object with name, description and parameters")
+        if taken := [key for key in kwargs or () if key in RENDER]:
+            self.fail(f"chat_template_kwargs.{taken[0]}", kwargs[taken[0]], "nothing: it is not the row's to set")
         bare = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or ()]
         return ({"tools": bare} if bare else {}) | ({"chat_template_kwargs": kwargs} if kwargs else {})
 
@@ -172,14 +179,48 @@ class Cells:
     def completion(self) -> dict[str, Any]:
         prompt, answer = self.get("prompt"), self.get("completion")
         if not isinstance(prompt, list | dict) and not isinstance(answer, list | dict):
-            return {"prompt": self.text("prompt"), "completion": self.text("completion")}
+            return {"prompt": self.plain("prompt"), "completion": self.text("completion")}
         if not (isinstance(prompt, list | dict) and isinstance(answer, list | dict)):
             self.fail("completion", answer, f"the kind of prompt, which is {described(prompt)}")
         return {"prompt": self.messages("prompt"), "completion": self.messages("completion"), **self.extras()}
 
-    def plain(self) -> dict[str, Any]:
-        """All columns as they are; for shapes that no method here takes yet."""
+    def plain(self, field: str) -> str:
+        """Text that no template renders, so that nothing which belongs to a template may stand beside it."""
+        if extras := self.extras():
+            self.fail(field, self.get(field), f"messages, because the row has {' and '.join(extras)}")
+        return self.text(field)
+
+    def as_is(self) -> dict[str, Any]:
+        """All columns; for shapes that no method here takes yet."""
         return {**self.raw.values}
+
+    def question(self, field: str) -> dict[str, Any]:
+        """A prompt alone, under our name for it."""
+        if isinstance(self.get(field), list | dict):
+            return {"prompt": self.messages(field), **self.extras()}
+        return {"prompt": self.plain(field)}
+
+    def tokens(self, suffix: str = "") -> dict[str, Any]:
+        """{input_ids, trained?} as they are: -100 in `labels` is not trained. `suffix` names a side of a pair."""
+        name, labels = f"input_ids{suffix}", self.raw.values.get(f"labels{suffix}")
+        ids = self.get(name)
+        if ids is None or ids == []:
+            self.fail(name, ids, "at least one token", empty=True)
+        if not whole_numbers(ids) or min(ids) < 0:
+            self.fail(name, ids, "a list of token ids")
+        if 0 in (self.raw.values.get("attention_mask") or ()):
+            self.fail("attention_mask", self.raw.values["attention_mask"], "ones alone: rows are read without padding")
+        if labels is None:
+            return {"input_ids": ids}
+        if not whole_numbers(labels) or len(labels) != len(ids):
+            self.fail(f"labels{suffix}", labels, f"{len(ids)} labels, as many as {name}")
+        if wrong := [i for i, (label, token) in enumerate(zip(labels, ids, strict=True)) if label not in (-100, token)]:
+            self.fail(f"labels{suffix}[{wrong[0]}]", labels[wrong[0]], f"-100, or {ids[wrong[0]]} as in {name}")
+        return {"input_ids": ids, "trained": [label != -100 for label in labels]}
+
+
+def whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(i) is int for i in value)
 
 
 def decoded(value: Any) -> Any:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from finetune_cli.data.cells import EmptyValue, Raw
@@ -61,6 +62,8 @@ def encode_row(method: Method, table: Table, raw: Raw, *, chat: Chat, data: Data
     render = chat.noting(lambda name, message: warnings.append((name, message)))
     try:
         rows = list(method.encode(table.canonical(raw), table.shape.name, render))
+        if table.shape.given:
+            known(rows, raw, vocabulary(chat.tokenizer))
     except DataError as error:
         said = ". ".join(filter(None, (error.message, error.hint)))
         problem = error.problems[0] if error.problems else raw.problem(said, rule="unrenderable")
@@ -76,6 +79,19 @@ def encode_row(method: Method, table: Table, raw: Raw, *, chat: Chat, data: Data
             kept.append(fitted)
     dropped = None if kept else lost[0][1] if lost else "no_targets"
     return Outcome(raw.source, kept, dropped, None, warnings, lost)
+
+
+@lru_cache(maxsize=1)
+def vocabulary(tokenizer: Any) -> int:
+    return len(tokenizer)
+
+
+def known(rows: Sequence[Row], raw: Raw, size: int) -> None:
+    """Raises DataError for an id that the tokenizer has no token for."""
+    highest = max(i for row in rows for ids in (row.prefix, *(branch.ids for branch in row.branches)) for i in ids)
+    if highest >= size:
+        problem = raw.problem(f"has the token id {highest}, the tokenizer {size} tokens", rule="malformed")
+        raise DataError(f"{raw.place}: {problem.message}", problems=(problem,))
 
 
 def fit(row: Row, max_length: int, overlength: Literal["drop", "truncate", "error"]) -> tuple[Row, str | None]:
@@ -197,11 +213,12 @@ def told(report: Mapping[str, Any]) -> str:
 
 
 def weighted(conversations: Sequence[list[Row]], weight: float, seed: str) -> list[Row]:
-    """Each conversation's rows `weight` times: the whole part for all, the rest for a sample that `seed` draws."""
+    """All rows as often as the whole part of `weight` says, then a share of them that `seed` draws, each time in the
+    order of the file."""
     times, share = divmod(weight, 1)
-    drawn = random.Random(seed).sample(range(len(conversations)), round(share * len(conversations)))
-    again = set(drawn)
-    return [row for i, rows in enumerate(conversations) for _ in range(int(times) + (i in again)) for row in rows]
+    drawn = sorted(random.Random(seed).sample(range(len(conversations)), round(share * len(conversations))))
+    order = [*range(len(conversations))] * int(times) + drawn
+    return [row for i in order for row in conversations[i]]
 
 
 def split_eval(rows: Sequence[Row], eval_split: float, seed: int) -> tuple[list[Row], list[Row]]:

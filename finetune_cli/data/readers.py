@@ -4,7 +4,9 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,27 @@ from finetune_cli.errors import DataError, Problem
 from finetune_cli.recipe.sections import Source
 
 MANY = 20
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+DECODER = json.JSONDecoder()
+SOMETHING = re.compile(r"[^ \t\r\n]")
 
 
-def read(source: Source) -> list[tuple[int, dict[str, Any]]]:
-    """(line in the file, or 0; columns) of every row."""
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row of a file as it is there. `line` counts from 1, 0 where the file has no lines; `wrong` says why `values`
+    is empty."""
+
+    line: int
+    values: dict[str, Any]
+    wrong: Problem | None = None
+
+
+def read(source: Source) -> list[Record]:
+    """Every row, those that cannot be read too. Raises DataError where there are no rows to speak of."""
     path = Path(source.path).expanduser()
     reader = READERS.get(path.suffix.lower())
     if reader is None or path.is_dir():
-        return [(0, values) for values in from_datasets(source, path)]
+        return [Record(0, without_nulls(row)) for row in open_dataset(source, path)]
     if source.split or source.name:
         raise DataError(f"{shown(source.path)}: `split` and `name` are for hub data sets and saved folders")
     try:
@@ -32,77 +47,128 @@ def read(source: Source) -> list[tuple[int, dict[str, Any]]]:
         raise DataError(f"{shown(source.path)} is not UTF-8: {error}", "Save it as UTF-8.") from error
 
 
-def read_json(path: Path, file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def bad(file: str, line: int, message: str, *, column: int = 1) -> Record:
+    """A row that cannot be read."""
+    return Record(line, {}, Problem("", message, file=file, line=line, column=column, rule="malformed"))
+
+
+def checked(file: str, line: int, row: Any, text: str) -> Record:
+    """A row of JSON, if it is an object and all of its text can be written again."""
+    if not isinstance(row, dict):
+        return bad(file, line, f"is {described(row)}, expected an object")
+    if SURROGATE.search(text):
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return bad(file, line, "holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return Record(line, row)
+
+
+def read_json(path: Path, file: str) -> Iterator[Record]:
+    """The rows of one JSON list, each under the number of its first line. What follows a mistake cannot be told apart:
+    it is the last row."""
+    text = path.read_text(encoding="utf-8-sig")
+    at = blank(text, 0)
+    if text[at : at + 1] != "[":
+        raise no_list(text, file)
+    line, counted, at = 1, 0, blank(text, at + 1)
+    if text[at:].strip() == "]":
+        return
+    while True:
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            row, end = DECODER.raw_decode(text, at)
+            yield checked(file, line, row, text[at:end])
+            at = blank(text, end)
+            if text[at : at + 1] == "]" and not text[at + 1 :].strip():
+                return
+            if text[at : at + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' or the end of the list", text, at)
+        except json.JSONDecodeError as error:
+            yield bad(file, error.lineno, f"not valid JSON ({error.msg} at column {error.colno})", column=error.colno)
+            return
+        except (ValueError, RecursionError) as error:
+            yield bad(file, line, f"not readable JSON ({error})")
+            return
+        at = blank(text, at + 1)
+
+
+def blank(text: str, at: int) -> int:
+    """The first place from `at` on that is no white space."""
+    found = SOMETHING.search(text, at)
+    return found.start() if found else len(text)
+
+
+def no_list(text: str, file: str) -> DataError:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = f"{file} is {described(json.loads(text))}, expected a list of rows"
     except json.JSONDecodeError as error:
-        lines = "It looks like one object a line: name it .jsonl." if error.msg == "Extra data" else "Mend the file."
-        raise DataError(f"{file}:{error.lineno}:{error.colno}: not valid JSON ({error.msg})", lines) from error
-    if not isinstance(rows, list):
-        hint = "Write [row, row, ...], or one row a line in a .jsonl file."
-        raise DataError(f"{file} is {described(rows)}, expected a list of rows", hint)
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{file} row {number} is {described(row)}, expected an object")
-        yield 0, row
+        found = f"{file}:{error.lineno}:{error.colno}: not valid JSON ({error.msg})"
+        if error.msg == "Extra data":
+            return DataError(found, "It looks like one object a line: name it .jsonl.")
+    return DataError(found, "Write [row, row, ...], or one row a line in a .jsonl file.")
 
 
-def read_jsonl(path: Path, file: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    problems: list[Problem] = []
-    with path.open(encoding="utf-8-sig", newline="\n") as lines:
+def read_jsonl(path: Path, file: str) -> Iterator[Record]:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
+            raw = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not raw.strip():
                 continue
             try:
-                row = json.loads(line.rstrip())
+                text = raw.decode().rstrip()
+                row = json.loads(text)
+            except UnicodeDecodeError as error:
+                yield bad(file, number, f"not UTF-8 ({error.reason} at byte {error.start + 1} of the line)")
             except json.JSONDecodeError as error:
                 said = f"not valid JSON ({error.msg} at column {error.colno})"
-                problems.append(Problem("", said, file=file, line=number, column=error.colno, rule="malformed"))
-                continue
-            if not isinstance(row, dict):
-                said = f"is {described(row)}, expected an object"
-                problems.append(Problem("", said, file=file, line=number, column=1, rule="malformed"))
-                continue
-            yield number, row
-    if problems:
-        raise together([f"{file}:{p.line}: {p.message}" for p in problems], problems, "One JSON object a line.")
+                yield bad(file, number, said, column=error.colno)
+            except (ValueError, RecursionError) as error:
+                yield bad(file, number, f"not readable JSON ({error})")
+            else:
+                yield checked(file, number, row, text)
 
 
-def read_csv(path: Path, file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_csv(path: Path, file: str) -> Iterator[Record]:
+    """Each row under the number of its first line."""
     csv.field_size_limit(2**31 - 1)
+    quote = 'quote cells that hold a comma or a line break: "a, b"'
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        hint = 'Quote cells that hold a comma or a line break: "a, b".'
+        reader = csv.reader(stream, strict=True)
+        header: list[str] = []
+        line = 1
         try:
-            for row in reader:
-                if None in row or None in row.values():
-                    few, cells = "fewer" if None in row.values() else "more", len(reader.fieldnames or ())
-                    raise DataError(f"{file}:{reader.line_num}: {few} cells than the header's {cells}", hint)
-                yield reader.line_num, row
+            for cells in reader:
+                if cells and not header:
+                    header = cells
+                    if twice := [name for name in header if header.count(name) > 1]:
+                        raise DataError(f"{file}:{line}: two columns are named {twice[0]!r}", "Rename one of them.")
+                elif cells and len(cells) != len(header):
+                    few = "fewer" if len(cells) < len(header) else "more"
+                    yield bad(file, line, f"{few} cells than the header's {len(header)}; {quote}")
+                elif cells:
+                    yield Record(line, dict(zip(header, cells, strict=True)))
+                line = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{file}:{reader.line_num}: not valid CSV ({error})", hint) from error
+            yield bad(file, line, f"not valid CSV ({error}); {quote}")
 
 
-def read_parquet(path: Path, file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_parquet(path: Path, file: str) -> Iterator[Record]:
     from pyarrow import ArrowInvalid, parquet
 
     try:
         rows = parquet.read_table(path).to_pylist()
     except ArrowInvalid as error:
         raise DataError(f"{file} is not a parquet file: {error}") from error
-    yield from ((0, without_nulls(row)) for row in rows)
+    yield from (Record(0, without_nulls(row)) for row in rows)
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, dict[str, Any]]]]] = {
+READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
     ".json": read_json,
     ".jsonl": read_jsonl,
     ".csv": read_csv,
     ".parquet": read_parquet,
 }
-
-
-def from_datasets(source: Source, path: Path) -> list[dict[str, Any]]:
-    return [without_nulls(row) for row in open_dataset(source, path)]
 
 
 def open_dataset(source: Source, path: Path) -> Any:

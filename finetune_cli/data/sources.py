@@ -1,16 +1,17 @@
 """Rows of a data source: read from where they are, their shape found from the columns, written in one canonical form.
 
 The shapes: messages {messages, tools?, chat_template_kwargs?}, completion {prompt, completion} (two strings or two
-lists of messages), text {text}, pairs (prompt?, chosen, rejected) and prompt. Every error names the file and the row.
+lists of messages), text {text}, tokens {input_ids, trained?}, pairs (prompt?, chosen, rejected) and prompt {prompt}
+(text or messages). Every error names the file and the row.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
 from finetune_cli.data.cells import ROLES, Cells, Raw
-from finetune_cli.data.readers import read, shown
+from finetune_cli.data.readers import described, read, shown, together
 from finetune_cli.errors import DataError
 from finetune_cli.recipe.sections import Source
 
@@ -23,6 +24,11 @@ class Shape:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     build: Callable[[Cells], dict[str, Any]]
+
+    @property
+    def given(self) -> bool:
+        """Whether its rows are tokens already."""
+        return self.required[0].startswith("input_ids")
 
 
 @dataclass(frozen=True)
@@ -38,21 +44,26 @@ class Table:
 
     def canonical(self, raw: Raw) -> dict[str, Any]:
         """The row in its canonical form. Raises DataError for what is malformed, EmptyValue for what is empty."""
+        if raw.wrong is not None:
+            raise DataError(f"{raw.place}: {raw.wrong.message}", problems=(raw.wrong,))
         return self.shape.build(Cells(raw, self.roles))
 
 
 CHAT = ("system", "tools", "chat_template_kwargs")
 SHAPES = (
-    Shape("pairs", ("chosen", "rejected"), ("prompt", "messages", "conversations", "margin", *CHAT), Cells.plain),
+    Shape("tokens", ("input_ids",), ("labels", "attention_mask"), Cells.tokens),
+    Shape("pairs", ("chosen", "rejected"), ("prompt", "messages", "conversations", "margin", *CHAT), Cells.as_is),
     Shape("messages", ("messages",), CHAT, lambda c: c.conversation("messages")),
     Shape("messages", ("conversations",), CHAT, lambda c: c.conversation("conversations")),
     Shape("completion", ("prompt", "completion"), CHAT[1:], Cells.completion),
     Shape("messages", ("instruction", "output"), ("input", "history", *CHAT), Cells.instruction),
     Shape("text", ("text",), (), lambda c: {"text": c.text("text")}),
-    Shape("prompt", ("prompt",), CHAT[1:], Cells.plain),
-    Shape("prompt", ("query",), CHAT[1:], Cells.plain),
+    Shape("prompt", ("prompt",), CHAT[1:], lambda c: c.question("prompt")),
+    Shape("prompt", ("query",), CHAT[1:], lambda c: c.question("query")),
 )  # fmt: skip
 """The first whose required columns are all there is the shape of a file."""
+TEXT_OR_MESSAGES = {"prompt", "query", "completion", "chosen", "rejected"}
+"""Columns that hold either, but the same in every row of a file."""
 
 
 def shape_of(columns: Collection[str], accepts: Collection[str] = ()) -> str | None:
@@ -71,22 +82,44 @@ def load(source: Source, *, accepts: Collection[str] = (), first: int = 0) -> Ta
     file, records = shown(source.path), read(source)
     if not records:
         raise DataError(f"{file} has no rows")
-    columns = dict.fromkeys(name for _, values in records for name in values)
+    readable = [record for record in records if record.wrong is None]
+    if not readable:
+        problems = [record.wrong for record in records if record.wrong is not None]
+        raise together([f"{p.file}:{p.line}: {p.message}" for p in problems], problems, "No row of it can be read.")
+    columns = dict.fromkeys(name for record in readable for name in record.values)
     names = renamed(source, columns, file=file)
-    shape = find_shape([names.get(column, column) for column in records[0][1]], accepts)
+    shape = find_shape([names.get(column, column) for column in readable[0].values], accepts)
     shape = shape or find_shape([names.get(column, column) for column in columns], accepts)
     if shape is None:
         raise no_shape(file, columns, accepts)
     raws = [
-        Raw({names.get(k, k): v for k, v in values.items()} if names else values, first + row, file, row, line)
-        for row, (line, values) in enumerate(records)
+        Raw({names.get(k, k): v for k, v in record.values.items()}, first + row, file, row, record.line, record.wrong)
+        for row, record in enumerate(records)
     ]
     used = {*shape.required, *shape.optional}
     unused = tuple(column for column in columns if names.get(column, column) not in used)
     mapped = {name: role for role, given in (source.roles or {}).items() for name in given}
     if wrong := {*mapped.values()} - {*ROLES.values()}:
         raise DataError(f"roles: there is no role {sorted(wrong)[0]!r}", f"The roles: {', '.join({*ROLES.values()})}")
-    return Table(file, shape, raws, unused, {**ROLES, **mapped}, source.weight)
+    return Table(file, shape, one_kind(raws), unused, {**ROLES, **mapped}, source.weight)
+
+
+def one_kind(raws: list[Raw]) -> list[Raw]:
+    """The rows, those marked as wrong whose columns hold messages where the first that has any holds text, or so."""
+    first: dict[str, tuple[str, Raw]] = {}
+    kinds: dict[type, str] = {str: "text", list: "messages", dict: "messages"}
+
+    def marked(raw: Raw) -> Raw:
+        for column, value in raw.values.items():
+            kind = kinds.get(type(value)) if column in TEXT_OR_MESSAGES else None
+            if kind is not None:
+                other, place = first.setdefault(column, (kind, raw))
+                if kind != other:
+                    said = f"is {described(value)}, and in {place.place} it is {other}: keep one kind in a column"
+                    return replace(raw, wrong=raw.problem(said, rule="malformed", field=column))
+        return raw
+
+    return [marked(raw) for raw in raws]
 
 
 def renamed(source: Source, columns: Collection[str], *, file: str) -> dict[str, str]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from finetune_cli.errors import DataError
 from finetune_cli.methods.base import LearningRates, Method
-from finetune_cli.types import Counts, Layout, Loss, Models, Render, Row
+from finetune_cli.types import Branch, Counts, Layout, Loss, Models, Render, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ class Sft(Method):
     """The method."""
     loss_on: Literal["assistant", "last_assistant", "completion", "all"] | None = None
     """Tokens that are trained: every assistant turn, the last one, the completion, or all. Not given: assistant for
-    messages, completion for prompt + completion, all for text."""
+    messages, completion for prompt + completion, all for text; rows of input_ids say it by their labels."""
     packing: bool = False
     """Fill bins of `data.max_length` tokens with whole rows, which never see one another."""
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
@@ -40,7 +41,7 @@ class Sft(Method):
     """Dynamic fine-tuning (arXiv 2508.05629): each token's loss times its own probability, detached."""
 
     summary: ClassVar = "supervised fine-tuning: learn to give the answers in the data"
-    shapes: ClassVar = ("messages", "completion", "text")
+    shapes: ClassVar = ("messages", "completion", "text", "tokens")
     lora_rates: ClassVar = LearningRates(default=2e-4, low=2e-5, high=5e-4)
     full_rates: ClassVar = LearningRates(default=2e-5, low=1e-6, high=5e-5)
 
@@ -55,7 +56,16 @@ class Sft(Method):
             return render.conversation(row, loss_on=self.loss_on or "assistant")
         if shape == "completion":
             return render.completion(row, loss_on=self.loss_on or "completion")
-        return render.text(row)
+        return self.given(row) if shape == "tokens" else render.text(row)
+
+    def given(self, row: Mapping[str, Any]) -> Iterator[Row]:
+        """Tokens of the data as they are. They say themselves what is trained; without labels everything is."""
+        if self.loss_on not in (None, "all") or (self.loss_on == "all" and "trained" in row):
+            raise DataError(
+                f"method.loss_on: {self.loss_on}, and rows of input_ids say so by their labels", "Unset it."
+            )
+        ids = row["input_ids"]
+        yield Row([], (Branch(ids, row.get("trained", [True] * len(ids))),))
 
     def loss(self, batch: Layout, models: Models, counts: Counts) -> Loss:
         scores = models("policy", batch)

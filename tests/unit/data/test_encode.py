@@ -13,7 +13,7 @@ from finetune_cli.errors import DataError
 from finetune_cli.methods.sft import Sft
 from finetune_cli.recipe.sections import Data, Source
 from finetune_cli.types import Branch, Row
-from tests.helpers import GEMMA, QWEN3, said, tiny_tokenizer, trained_texts
+from tests.helpers import CHATML, GEMMA, QWEN3, said, tiny_tokenizer, trained_texts
 
 GOOD = {"messages": said("one", "two")}
 LONG = {"messages": said("one", "two " * 40)}
@@ -158,6 +158,64 @@ def test_weights(weight, count):
     assert rows == weighted(conversations, weight, "1 0")
     seen = [sum(row.source == i for row in rows) for i in range(10)]
     assert max(seen) - min(seen) <= 1
+
+
+def test_repeats_are_apart_and_in_the_order_of_the_file():
+    rows = weighted([[Row([], (), source=i)] for i in range(4)], 2.5, "1 0")
+    assert [row.source for row in rows[:8]] == [0, 1, 2, 3] * 2
+    drawn = [row.source for row in rows[8:]]
+    assert len(drawn) == 2
+    assert drawn == sorted(drawn)
+    other = [
+        row.source for seed in range(9) for row in weighted([[Row([], (), source=i)] for i in range(4)], 0.5, f"{seed}")
+    ]
+    assert {*other} == {0, 1, 2, 3}
+
+
+def test_sources_of_unequal_weight(chat, source):
+    found = encode(chat, source(GOOD, GOOD, weight=2.0), source(GOOD, GOOD, GOOD, GOOD, name="b.jsonl", weight=0.5))
+    seen = [row.source for row in found.rows]
+    assert seen[:4] == [0, 1, 0, 1]
+    assert len(seen) == 6
+    assert {*seen[4:]} < {2, 3, 4, 5}
+    assert (found.report["read"], found.report["rows"]) == (6, 6)
+
+
+def test_rows_of_tokens_are_taken_as_they_are(chat, source):
+    found = encode(chat, source({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5]}))
+    assert [(row.branches[0].ids, row.branches[0].trained) for row in found.rows] == [
+        ([1, 2, 3], [False, True, True]),
+        ([4, 5], [True, True]),
+    ]
+    size = len(chat.tokenizer)
+    with pytest.raises(DataError, match=f":2: has the token id {size}, the tokenizer {size} tokens"):
+        encode(chat, source({"input_ids": [size - 1]}, {"input_ids": [0, size]}))
+    with pytest.raises(DataError, match="say so by their labels"):
+        encode(chat, source({"input_ids": [1, 2]}), method=Sft(loss_on="assistant"))
+
+
+def test_all_malformed_rows_at_once(chat, source, tmp_path):
+    path = source(GOOD, BAD, GOOD).path
+    with open(path, "a") as file:
+        file.write("{\n[]\n")
+    with pytest.raises(DataError) as caught:
+        encode(chat, Source(path=path))
+    assert [(problem.rule, problem.line) for problem in caught.value.problems] == [("malformed", i) for i in (2, 4, 5)]
+
+
+def test_a_row_brings_its_own_template_arguments_and_tools(source):
+    template = "{% if shout %}!{% endif %}{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + CHATML
+    chat = Chat.bind(tiny_tokenizer(template))
+    tools = [{"name": "add"}]
+    rows = [
+        GOOD,
+        GOOD | {"chat_template_kwargs": {"shout": True}},
+        GOOD | {"tools": json.dumps(tools)},
+        GOOD | {"tools": tools},
+    ]
+    texts = [chat.tokenizer.decode(row.branches[0].ids) for row in encode(chat, source(*rows)).rows]
+    plain = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
+    assert texts == [plain, "!" + plain, "add" + plain, "add" + plain]
 
 
 def test_split_eval():

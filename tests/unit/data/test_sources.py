@@ -29,6 +29,11 @@ def canonical(folder: Path, row: dict[str, Any], **settings: Any) -> dict[str, A
     return table.canonical(table.raws[0])
 
 
+def every_row(source: Source) -> list[dict[str, Any]]:
+    table = load(source)
+    return [table.canonical(raw) for raw in table.raws]
+
+
 # --- files -------------------------------------------------------------------------------------------------------
 
 
@@ -70,11 +75,20 @@ def test_arrow_nulls_below_the_columns_are_dropped(tmp_path):
     [
         ("a.jsonl", '{"text": "a"}\n\n{"text": \n', "a.jsonl:3: not valid JSON (Expecting value at column 9)"),
         ("a.jsonl", '{"text": "a"}\n7\n', "a.jsonl:2: is 7, expected an object"),
-        ("a.json", '[{"text": "a"},\n{"text" "b"}]', "a.json:2:9: not valid JSON (Expecting ':' delimiter)"),
+        ("a.json", '[{"text": "a"},\n{"text" "b"}]', "a.json:2: not valid JSON (Expecting ':' delimiter at column 9)"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "\\ud83d"}\n', "a.jsonl:2: holds half of a surrogate pair"),
+        ("a.jsonl", '{"text": "a"}\n' + "[" * 100000, "a.jsonl:2: not readable JSON (maximum recursion depth exceeded"),
+        ("a.json", '[{"text": "a"},\n{"text": "b"}\n{}]', "a.json:3: not valid JSON (Expecting ',' or the end of the"),
+        ("a.json", '[{"text": "a"},\n]', "a.json:2: not valid JSON (Expecting value at column 1)"),
+        ("a.json", '[{"text": "a"}] x', "a.json:1: not valid JSON (Expecting ',' or the end of the list at column 15)"),
+        ("a.json", '{"text": "a"}\n{"text": "b"}', "a.json:2:1: not valid JSON (Extra data)"),
         ("a.json", '{"text": "a"}', "a.json is an object with text, expected a list of rows"),
-        ("a.json", '[{"text": "a"}, "b"]', "a.json row 1 is the text 'b', expected an object"),
+        ("a.json", '[{"text": "a"}, "b"]', "a.json:1: is the text 'b', expected an object"),
         ("a.csv", "prompt,completion\na,b\nc\n", "a.csv:3: fewer cells than the header's 2"),
         ("a.csv", "prompt,completion\na,b,c\n", "a.csv:2: more cells than the header's 2"),
+        ("a.csv", 'prompt,completion\na,b\n"c', "a.csv:3: not valid CSV (unexpected end of data)"),
+        ("a.csv", "prompt,prompt\na,b\n", "a.csv:1: two columns are named 'prompt'"),
+        ("a.json", "[]", "a.json has no rows"),
         ("a.parquet", "no", "a.parquet is not a parquet file"),
         ("a.jsonl", "", "a.jsonl has no rows"),
     ],
@@ -83,16 +97,60 @@ def test_mistakes_in_files(tmp_path, monkeypatch, name, text, message):
     monkeypatch.chdir(tmp_path)
     Path(name).write_text(text)
     with pytest.raises(DataError) as caught:
-        load(Source(path=name))
+        every_row(Source(path=name))
     assert caught.value.message.startswith(message)
 
 
-def test_all_bad_lines_at_once(tmp_path):
+def test_bad_lines_are_rows_and_the_others_go_on(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n{\n{"text": "b"}\n[\n')
+    path.write_bytes(b'{"text": "a"}\n{\n\n{"text": "b"}\n{"text": "\xe4"}\n{"text": "c"}\n')
+    table = load(Source(path=str(path)))
+    wrong = [(raw.row, raw.line) for raw in table.raws if raw.wrong]
+    assert wrong == [(1, 2), (3, 5)]
+    assert [table.canonical(raw)["text"] for raw in table.raws if not raw.wrong] == ["a", "b", "c"]
+
+
+def test_a_file_without_a_good_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{\n[1]\n")
     with pytest.raises(DataError) as caught:
         load(Source(path=str(path)))
-    assert [problem.line for problem in caught.value.problems] == [2, 4]
+    assert [problem.line for problem in caught.value.problems] == [1, 2]
+
+
+def test_lines_of_rows(tmp_path):
+    rows = [{"text": "a\nb"}, {"text": "c"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "a.csv").write_text('text\n"a\nb"\n\nc\n')
+    tables = [load(Source(path=str(tmp_path / name))) for name in ("a.json", "a.csv")]
+    assert [[raw.line for raw in table.raws] for table in tables] == [[2, 5], [2, 5]]
+    assert [table.canonical(table.raws[0]) for table in tables] == [rows[0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "column"),
+    [
+        (
+            {"prompt": "a", "completion": "b"},
+            {"prompt": said("a"), "completion": said("b", first="assistant")},
+            "prompt",
+        ),
+        ({"query": said("a")}, {"query": "a"}, "query"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            {"prompt": "a", "chosen": said("b"), "rejected": "c"},
+            "chosen",
+        ),
+    ],
+)
+def test_text_and_messages_in_one_column(tmp_path, monkeypatch, first, second, column):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, first, first, second)
+    table = load(Source(path="train.jsonl"))
+    assert [raw.wrong for raw in table.raws[:2]] == [None, None]
+    with pytest.raises(DataError, match=r"^train.jsonl:3: is .*, and in train.jsonl:1 it is (text|messages)") as caught:
+        table.canonical(table.raws[2])
+    assert caught.value.problems[0].key == column
 
 
 def test_files_that_are_not_there(tmp_path):
@@ -110,9 +168,10 @@ def test_utf8(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + '{"text": "ä\u2028b"}\n'.encode())
     table = load(Source(path=str(path)))
     assert table.canonical(table.raws[0]) == {"text": "ä\u2028b"}
-    path.write_bytes(b'{"text": "\xe4"}\n')
-    with pytest.raises(DataError, match="not UTF-8"):
-        load(Source(path=str(path)))
+    for name, text in {"a.jsonl": b'{"text": "\xe4"}\n', "a.csv": b"text\n\xe4\n"}.items():
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(DataError, match="not UTF-8"):
+            load(Source(path=str(tmp_path / name)))
 
 
 def test_fingerprint_follows_the_bytes(tmp_path):
@@ -138,6 +197,8 @@ def test_fingerprint_follows_the_bytes(tmp_path):
         ("chosen rejected", "pairs"),
         ("prompt answer", "prompt"),
         ("query", "prompt"),
+        ("input_ids attention_mask", "tokens"),
+        ("text input_ids labels", "tokens"),
         ("question answer", None),
     ],
 )
@@ -186,6 +247,17 @@ def test_a_method_sees_the_shapes_it_takes():
             {"prompt": said("one"), "completion": [{"role": "assistant", "content": "two"}]},
         ),
         ({"text": "a"}, {"text": "a"}),
+        ({"prompt": "a", "id": 1}, {"prompt": "a"}),
+        ({"query": "a", "tools": None}, {"prompt": "a"}),
+        (
+            {"query": said("a"), "tools": [{"name": "f"}]},
+            {"prompt": said("a"), "tools": [{"type": "function", "function": {"name": "f"}}]},
+        ),
+        ({"input_ids": [1, 2]}, {"input_ids": [1, 2]}),
+        (
+            {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1, 1]},
+            {"input_ids": [1, 2, 3], "trained": [False, True, True]},
+        ),
     ],
 )
 def test_canonical(tmp_path, row, expected):
@@ -232,6 +304,24 @@ def test_columns_and_roles_are_mapped(tmp_path):
             "completion is a list of 1, expected the kind",
         ),
         ({"prompt": 7, "completion": "b"}, "prompt is 7, expected text"),
+        (
+            {"prompt": "a", "completion": "b", "tools": [{"name": "f"}]},
+            "prompt is the text 'a', expected messages, because",
+        ),
+        (
+            {"prompt": "a", "chat_template_kwargs": {"x": 1}},
+            "prompt is the text 'a', expected messages, because the row has",
+        ),
+        (
+            {**TALK, "chat_template_kwargs": {"tools": []}},
+            "chat_template_kwargs.tools is an empty list, expected nothing",
+        ),
+        ({"input_ids": "1 2"}, "input_ids is the text '1 2', expected a list of token ids"),
+        ({"input_ids": [1, -2]}, "input_ids is a list of 2, expected a list of token ids"),
+        ({"input_ids": [1, True]}, "input_ids is a list of 2, expected a list of token ids"),
+        ({"input_ids": [1, 2], "labels": [1]}, "labels is a list of 1, expected 2 labels, as many as input_ids"),
+        ({"input_ids": [1, 2], "labels": [2, -100]}, "labels[0] is 2, expected -100, or 1 as in input_ids"),
+        ({"input_ids": [1, 2], "attention_mask": [1, 0]}, "attention_mask is a list of 2, expected ones alone"),
         ({"text": ["a"]}, "text is a list of 1, expected text"),
         ({"instruction": "a", "output": "b", "history": [["a"]]}, "history[0] is a list of 1, expected a pair"),
     ],
@@ -256,6 +346,8 @@ def test_malformed(tmp_path, monkeypatch, row, message):
         ({"messages": [{"role": "user", "content": " "}]}, "messages[0].content"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
         ({"instruction": "a", "output": ""}, "output"),
+        ({"input_ids": []}, "input_ids"),
+        ({"query": None}, "query"),
     ],
 )
 def test_empty(tmp_path, row, field):
