@@ -26,14 +26,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdo
 def run(
     recipe: RecipeFile,
     set_: Sets = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is in the run folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    resume_anyway: Annotated[
+        bool, typer.Option("--resume-anyway", help="The same under a recipe that has changed; says what that does.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the run folder.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the job."""
-    from finetune_cli import commands
+    from finetune_cli.engine import signals
 
-    raise typer.Exit(commands.run(recipe, set_ or [], resume=resume, overwrite=overwrite, as_json=as_json))
+    signals.end_early()
+    from finetune_cli import commands, runs
+
+    options = runs.Options(resume or resume_anyway, resume_anyway, overwrite, as_json)
+    raise typer.Exit(commands.run(recipe, set_ or [], options))
 
 
 @app.command()

@@ -1,15 +1,12 @@
 """What each command does: the stages of a check, the plan, the start of the workers."""
 
 import json
-import shutil
-import signal
-import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from finetune_cli import show
+from finetune_cli import log, runs, show
 from finetune_cli.checks.files import files
 from finetune_cli.checks.lints import lints
 from finetune_cli.errors import DataError, FinetuneError, MachineError, Problem, RecipeError
@@ -97,118 +94,16 @@ def plan(recipe: Path, overrides: Sequence[str], *, as_json: bool) -> int:
     return 0
 
 
-def run(recipe: Path, overrides: Sequence[str], *, resume: bool, overwrite: bool, as_json: bool) -> int:
-    if resume and overwrite:
+def run(recipe: Path, overrides: Sequence[str], options: runs.Options) -> int:
+    if options.resume and options.overwrite:
         raise RecipeError("--resume and --overwrite exclude each other", "Keep one of them.")
     made, loaded, warnings = planned(recipe, overrides)
-    main_process = not launch.inside() or _rank() == 0
-    if main_process:
-        if not as_json:
-            for problem in warnings:
-                show.err.print(show.problem_line(problem))
-            show.out.print(show.header(made))
-        if finished(made.run) and resume:
-            show.err.print(f"{made.run} is finished; nothing is left to resume")
-            return 0
-        claim(made, loaded, resume=resume, overwrite=overwrite)
-        if resume and not list(made.run.glob("checkpoint-*")):
-            show.err.print("no checkpoint yet: the run starts afresh")
-    if launch.inside():
-        from finetune_cli import worker
-
-        return worker.run(made, resume=resume, as_json=as_json)
-    return start(made, resume=resume, as_json=as_json)
-
-
-def _rank() -> int:
-    from finetune_cli import log
-
-    return log.rank()
-
-
-def finished(folder: Path) -> bool:
-    return (folder / "report.json").exists()
-
-
-RESULTS = ("metrics.jsonl", "report.json", "trainer_state.json")
-"""Files that say that a run has begun."""
-RUN_FILES = (*RESULTS, "plan.json", "recipe.yaml", "error.json", "traceback.txt")
-
-
-def claim(plan: Plan, loaded: Loaded, *, resume: bool, overwrite: bool) -> None:
-    """Make the run folder, and write what will be run. Raises RecipeError where another run's results are in it."""
-    folder = plan.run
-    used = [name for name in RESULTS if (folder / name).exists()] + [p.name for p in folder.glob("checkpoint-*")]
-    if used and not (resume or overwrite):
-        raise RecipeError(
-            f"{show.short(str(folder))} holds another run ({used[0]})",
-            "Name another output_dir, go on with --resume, or replace it with --overwrite.",
-        )
-    if overwrite and not resume:
-        clear(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.json").unlink(missing_ok=True)
-        (folder / "plan.json").write_text(plan.model_dump_json(indent=1), encoding="utf-8")
-        (folder / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
-    except OSError as error:
-        raise MachineError(f"{folder} cannot be written: {error.strerror}", "Name another output_dir.") from error
-
-
-def clear(folder: Path) -> None:
-    """Remove what a run wrote, and nothing else: what is left of an adapter would be loaded with the next result."""
-    result = [name for path in folder.glob("checkpoint-*/manifest.json") for name in _named(path)]
-    result += ["README.md"] if finished(folder) else []
-    for name in result:
-        (folder / Path(name).name).unlink(missing_ok=True)
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
-
-
-def _named(manifest: Path) -> list[str]:
-    """The files of a checkpoint, of which those of the model are also the run's result."""
-    try:
-        return [*json.loads(manifest.read_text(encoding="utf-8"))["files"]]
-    except (ValueError, KeyError, TypeError):
-        return []
-
-
-def start(plan: Plan, *, resume: bool, as_json: bool) -> int:
-    """Start the worker(s), pass signals on, and tell what went wrong."""
-    options = [*(["--resume"] if resume else []), *(["--json"] if as_json else [])]
-    command = launch.argv(plan, plan.run / "plan.json", options)
-    process = subprocess.Popen(command, env=launch.environment(plan))
-
-    def forward(number: int, _: FrameType | None) -> None:
-        process.send_signal(number)
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return report_end(plan, code)
-
-
-def report_end(plan: Plan, code: int) -> int:
-    """The exit code of the run. A worker's error is told once, whatever its number of processes."""
-    from finetune_cli.worker import read_error
-
-    failure = read_error(plan.run / "error.json")
-    if failure is not None:
-        raise failure
-    if code in (-signal.SIGINT, -signal.SIGTERM):  # stopped before it listened
-        return 128 - code
-    if code < 0:
-        raise MachineError(
-            f"the training process was killed by {signal.Signals(-code).name}",
-            "SIGKILL is usually the system running out of memory: lower train.per_device_train_batch_size.",
-        )
-    return code
+    if not options.as_json and (not launch.inside() or log.rank() == 0):
+        for problem in warnings:
+            show.err.print(show.problem_line(problem))
+        show.out.print(show.header(made))
+    again = ("finetune", "run", str(recipe), *(part for value in overrides for part in ("--set", value)))
+    return runs.run(made, loaded, replace(options, again=(*again, *(["--json"] if options.as_json else []))))
 
 
 def init(method: str, output: Path) -> int:

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_cli.errors import FinetuneError, Problem
-from finetune_cli.plan.resolve import Plan, leaves
+from finetune_cli.plan.changes import leaves
+from finetune_cli.plan.resolve import Plan
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -186,6 +187,11 @@ class Screen:
 
     def on_health(self, event: dict[str, Any]) -> None:
         self.console.print(f"[yellow]health[/] {event['step']:>4}  {escape(event['message'])}")
+
+    def on_interrupted(self, event: dict[str, Any]) -> None:
+        self.stop()
+        saved = f"saved as {event['checkpoint']}" if event["checkpoint"] else "before the first step: nothing to save"
+        self.console.print(f"[yellow]interrupted[/] after step {event['step']}, {saved}")
 
     def on_end(self, event: dict[str, Any]) -> None:
         self.stop()

@@ -1,5 +1,6 @@
 """The entry of a training process: reads plan.json, runs the job, and tells the screen through an event sink."""
 
+import errno
 import json
 import os
 import signal
@@ -10,49 +11,48 @@ from pathlib import Path
 from typing import Any
 
 from finetune_cli import log
-from finetune_cli.errors import KINDS, FinetuneError, Problem, TrainError
+from finetune_cli.engine.manifest import write_text
+from finetune_cli.engine.signals import Interrupted, Stop, exit_code
+from finetune_cli.errors import KINDS, FinetuneError, MachineError, Problem, TrainError
 from finetune_cli.plan.resolve import Plan
 
 INTERNAL = 1
 
 
-class Interrupted(BaseException):
-    """A signal asked the run to end."""
-
-    def __init__(self, number: int) -> None:
-        self.exit_code = 128 + number
-
-
 def main(argv: list[str] | None = None) -> int:
-    """`python -m finetune_cli.worker PLAN.json [--resume] [--json]`; the exit code is the run's."""
+    """`finetune_cli.worker PLAN.json [--resume=CHECKPOINT] [--anyway] [--json]`; the exit code is the run's."""
     argv = sys.argv[1:] if argv is None else argv
+    stop = Stop()
+    stop.listen()
     plan = Plan.model_validate_json(Path(argv[0]).read_text(encoding="utf-8"))
-    return run(plan, resume="--resume" in argv, as_json="--json" in argv)
+    start = next((plan.run / a.partition("=")[2] for a in argv if a.startswith("--resume=")), None)
+    return run(plan, stop, resume=start, anyway="--anyway" in argv, as_json="--json" in argv)
 
 
-def run(plan: Plan, *, resume: bool, as_json: bool) -> int:
+def run(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: bool) -> int:
+    """Go on from the checkpoint `resume`, or start; the exit code. Errors for people are left in error.json."""
     log.setup()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
     error_file = plan.run / "error.json"
     try:
         if log.rank() == 0:
             error_file.unlink(missing_ok=True)
-        work(plan, resume=resume, as_json=as_json)
-    except Interrupted as stop:
-        return stop.exit_code
+        work(plan, stop, resume=resume, anyway=anyway, as_json=as_json)
+    except Interrupted as interrupted:
+        return interrupted.exit_code
     except FinetuneError as error:
         _write_error(error_file, error, error.exit_code)
         return error.exit_code
     except Exception as error:  # noqa: BLE001  the last line of defence: everything becomes error.json and an exit code
+        if stop.asked_together():
+            return exit_code(stop.number or signal.SIGTERM)
         code, known = _classify(error)
         _write_error(error_file, known, code)
-        (plan.run / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        _write_traceback(plan.run / "traceback.txt")
         return code
     return 0
 
 
-def work(plan: Plan, *, resume: bool, as_json: bool) -> None:
+def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: bool) -> None:
     """Everything between plan and report."""
     from finetune_cli.data.rows import load_rows
     from finetune_cli.engine import events, finish, loop, prepare
@@ -64,15 +64,23 @@ def work(plan: Plan, *, resume: bool, as_json: bool) -> None:
     sets = load_rows(plan.recipe, words.chat)  # before the processes meet: one builds the cache, the others wait
     if log.rank() == 0:
         show({"event": "rows", **sets.summary()})
-    start = prepare.whole_checkpoint(plan.run) if resume else None
-    job, progress = prepare.build(plan, words, sets, show, resume=start)
+    if resume is not None:
+        prepare.compare_rows(sets.train.rows, resume, anyway=anyway)
+    job, progress = prepare.build(plan, words, sets, show, resume=resume, stop=stop)
     lines: list[dict[str, Any]] = []
     if job.accelerator.is_main_process:
-        trackers = events.Trackers(plan.recipe.logging, plan.run, {"fingerprint": plan.fingerprint})
-        journal = events.Journal(plan.run / "metrics.jsonl", keep_through=progress.step if start else None)
+        through = progress.step if resume else None
+        about = {"fingerprint": plan.fingerprint}
+        trackers = events.Trackers(plan.recipe.logging, plan.run, about, keep_through=through)
+        journal = events.Journal(plan.run / "metrics.jsonl", keep_through=through)
         lines = journal.lines
         job.sink = events.fan_out([journal, trackers, show])
-    progress = loop.train(job, progress)
+    try:
+        progress = loop.train(job, progress)
+    except Interrupted as interrupted:
+        if job.accelerator.is_main_process:
+            show({"event": "interrupted", "step": interrupted.step, "checkpoint": interrupted.saved})
+        raise
     job.peaks = job.gather(job.memory_gib())
     if job.accelerator.is_main_process:
         report = finish.finish(job, progress, lines)
@@ -95,27 +103,49 @@ def _quiet() -> None:
     disable_progress_bar()
 
 
-def _interrupt(number: int, frame: Any) -> None:  # noqa: ARG001
-    for each in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C comes twice: from the terminal, and passed on by the parent
-        signal.signal(each, signal.SIG_IGN)
-    raise Interrupted(number)
-
-
 def _classify(error: Exception) -> tuple[int, FinetuneError]:
-    """Out of memory is the training's; anything else is ours."""
+    """Out of memory is the training's, out of disk the machine's; anything else is ours."""
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if disk_is_full(error):
+        hint = "Make room, or lower save.save_total_limit; every earlier checkpoint is whole: go on with --resume."
+        return MachineError.exit_code, MachineError(f"the disk is full: {said}", hint)
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
         hint = "Lower train.per_device_train_batch_size or data.max_length, or set train.gradient_checkpointing: true."
-        return TrainError.exit_code, TrainError(f"out of memory: {str(error).splitlines()[0]}", hint)
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
+        return TrainError.exit_code, TrainError(f"out of memory: {said}", hint)
+    text = f"{type(error).__name__}: {said}"
     return INTERNAL, FinetuneError(f"internal error: {text}", "This is ours; traceback.txt is in the run folder.")
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_SAID = ("No space left on device", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed")
+"""Of libraries that write files outside Python and tell of it in words of their own."""
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether this, or what caused it, is that nothing more can be written."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in FULL) or any(said in str(error) for said in FULL_SAID):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _write_error(path: Path, error: FinetuneError, code: int) -> None:
     """The first process to fail is the one that is told of."""
     value = {**error.to_json(), "exit_code": code}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+    except OSError as failed:
+        log.LOGGER.error("%s\n%s cannot be written either: %s", error, path.name, failed.strerror)
+
+
+def _write_traceback(path: Path) -> None:
+    try:
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+    except OSError as failed:
+        log.LOGGER.error("%s cannot be written: %s", path.name, failed.strerror)
 
 
 def read_error(path: Path) -> FinetuneError | None:

@@ -1,20 +1,19 @@
-"""Checkpoints: written beside and renamed; a manifest makes one whole."""
+"""What a checkpoint holds: the weights as other tools load them, and the state of the training beside them."""
 
 import hashlib
 import json
-import os
 import random
 import shutil
+from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from finetune_cli.errors import TrainError
-
-MANIFEST = "manifest.json"
-PREFIX = "checkpoint-"
+from finetune_cli.engine import manifest
+from finetune_cli.types import Row
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -22,8 +21,10 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     use_cache = model.config.use_cache
     model.config.use_cache = True
-    model.save_pretrained(folder)
-    model.config.use_cache = use_cache
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.config.use_cache = use_cache
     tokenizer.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; the run writes its own
@@ -47,72 +48,37 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def write(folder: Path, *, model: Any, tokenizer: Any, training: dict[str, Any], state: dict[str, Any]) -> None:
-    """One whole checkpoint at `folder`. `training` is tensors (optimizer, schedule, rng), `state` is JSON."""
-    beside = folder.with_name(folder.name + ".writing")
+def write(
+    folder: Path,
+    *,
+    model: Any,
+    tokenizer: Any,
+    training: dict[str, Any],
+    state: dict[str, Any],
+    about: dict[str, Any] | None = None,
+    announce: Callable[[], None] = lambda: None,
+) -> None:
+    """One whole checkpoint at `folder`. `training` is tensors (optimizer, schedule, rng), `state` is JSON, `about` goes
+    into the manifest. `announce` is called when all of it is on the disk, before it gets its name."""
+    beside = folder.with_name(folder.name + manifest.WRITING)
     shutil.rmtree(beside, ignore_errors=True)
-    save_model(model, tokenizer, beside)
-    for name, value in training.items():
-        torch.save(value, beside / f"{name}.pt")
-    (beside / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    files = {p.name: _sha256(p) for p in sorted(beside.iterdir())}
-    (beside / MANIFEST).write_text(json.dumps({"step": state["global_step"], "files": files}, indent=1))
-    for path in beside.iterdir():
-        _flush(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    beside.rename(folder)
-    _flush(folder.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        save_model(model, tokenizer, beside)
+        for name, value in training.items():
+            torch.save(value, beside / f"{name}.pt")
+        (beside / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        manifest.seal(beside, {"step": state["global_step"], **(about or {})})
+        announce()
+        manifest.place(beside, folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)  # room for those that are whole
+        raise
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix(PREFIX))
-
-
-def found(run: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first; folders still being written are not among them."""
-    named = [p for p in run.glob(PREFIX + "*") if p.name.removeprefix(PREFIX).isdigit()]
-    return sorted(named, key=step_of)
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None where every file is the one that was written."""
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        return "it has no manifest"
-    try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError):
-        return "its manifest cannot be read"
-    for name, digest in files.items():
-        if not (folder / name).exists():
-            return f"{name} is missing"
-        if _sha256(folder / name) != digest:
-            return f"{name} is not what was written"
-    return None
-
-
-def load_training(folder: Path, names: list[str]) -> dict[str, Any]:
-    """Raises TrainError where a part is missing (another number of processes, say)."""
-    missing = [name for name in names if not (folder / f"{name}.pt").exists()]
-    if missing:
-        raise TrainError(
-            f"{folder.name} has no {', '.join(missing)}", "Resume with the number of processes it was written with."
-        )
-    return {name: torch.load(folder / f"{name}.pt", weights_only=True, map_location="cpu") for name in names}
+def load_training(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The parts of the training state that the checkpoint has, by name."""
+    there = [name for name in names if (folder / f"{name}.pt").exists()]
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True, map_location="cpu") for name in there}
 
 
 def state(folder: Path) -> dict[str, Any]:
@@ -121,9 +87,12 @@ def state(folder: Path) -> dict[str, Any]:
     return value
 
 
-def prune(run: Path, *, keep: int | None, best: int | None) -> None:
-    """Remove the oldest beyond `keep`; the best and the last always stay."""
-    every = found(run)
-    spare = [p for p in every[:-1] if step_of(p) != best]
-    for folder in spare[: max(0, len(every) - keep)] if keep is not None else []:
-        shutil.rmtree(folder)
+def rows_sha256(rows: Sequence[Row]) -> str:
+    """Of everything that is trained on, in its order: the same for the same rows under another path."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(array("q", [len(row.prefix), len(row.branches), *row.prefix]).tobytes())
+        total.update(repr(sorted(row.extra.items())).encode())
+        for branch in row.branches:
+            total.update(array("q", [len(branch.ids), *branch.ids, *branch.trained]).tobytes())
+    return total.hexdigest()

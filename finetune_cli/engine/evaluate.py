@@ -1,5 +1,6 @@
 """Evaluation: the loss over the whole of each set, generated answers and what they are worth."""
 
+import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import torch
 from finetune_cli.data.batches import silent
 from finetune_cli.engine import metrics
 from finetune_cli.engine.generate import answers
+from finetune_cli.engine.signals import Interrupted
 from finetune_cli.types import Prompt, Row
 
 if TYPE_CHECKING:
@@ -17,17 +19,26 @@ if TYPE_CHECKING:
 def evaluate(job: "Job", step: int, *, final: bool) -> dict[str, float]:
     """Every number of every set, keys as in metrics.jsonl; emits one eval event and the samples. Collective."""
     numbers: dict[str, float] = {}
+    samples: list[dict[str, Any]] = []
     for eval_set in job.eval_sets:
         numbers |= loss_of(job, eval_set)
     for eval_set in job.eval_sets:
         if job.metric is not None and eval_set.prompts:
-            numbers |= generated(job, eval_set, step)
+            numbers |= generated(job, eval_set, step, samples)
+    if job.metric is None:
+        samples += sample(job, step)
     if numbers:
         job.emit(job.event("eval", step, **numbers))
-    if job.metric is None:
-        sample(job, step)
+    for event in samples:
+        job.emit(event)
     job.emit({"event": "looked", "step": step, "final": final})
     return numbers
+
+
+def unless_stopping(job: "Job") -> None:
+    """Raises Interrupted where the run is to end: what was found so far is thrown away. Collective."""
+    if job.stopping():
+        raise Interrupted(job.stop.number or signal.SIGTERM)
 
 
 def loss_of(job: "Job", eval_set: "EvalSet") -> dict[str, float]:
@@ -38,8 +49,11 @@ def loss_of(job: "Job", eval_set: "EvalSet") -> dict[str, float]:
     role.eval()
     with torch.no_grad():
         for rows in chunks(eval_set.rows, job.plan.resolved.per_device_eval_batch_size, job.rank, job.world):
+            if job.stop.wanted:
+                break
             batch = job.batch(rows, measure=True)
             sums.add(job.method.loss(batch, lambda _, batch: role(batch), batch.counts).metrics)
+    unless_stopping(job)
     means = sums.means(job)
     return {f"{eval_set.prefix}{name}": value for name, value in means.items()}
 
@@ -52,30 +66,29 @@ def chunks(rows: Sequence[Row], size: int, rank: int, world: int) -> list[list[R
     return [own[i : i + size] for i in range(0, len(own), size)]
 
 
-def generated(job: "Job", eval_set: "EvalSet", step: int) -> dict[str, float]:
-    """The metric on greedy answers; its first answers are the samples."""
+def generated(job: "Job", eval_set: "EvalSet", step: int, samples: list[dict[str, Any]]) -> dict[str, float]:
+    """The metric on greedy answers; its first answers are added to the samples."""
     assert job.metric is not None
     name, metric = job.metric
     texts = spread(job, eval_set.prompts, step, temperature=0.0)
     scores = metrics.judge(name, metric, texts, [p.answer for p in eval_set.prompts])
     for prompt, text in list(zip(eval_set.prompts, texts, strict=True))[: job.recipe.eval.sample_prompts]:
-        emit_sample(job, step, eval_set.name, prompt, text)
+        samples.append(sample_event(job, step, eval_set.name, prompt, text))
     return {f"{eval_set.prefix}{name}": sum(scores) / len(scores)}
 
 
-def sample(job: "Job", step: int) -> None:
+def sample(job: "Job", step: int) -> list[dict[str, Any]]:
     """A few answers at the recipe's temperature, to be read."""
     prompts = job.sample_prompts
     if not prompts:
-        return
+        return []
     texts = spread(job, prompts, step, temperature=job.recipe.generation.temperature)
-    for prompt, text in zip(prompts, texts, strict=True):
-        emit_sample(job, step, "", prompt, text)
+    return [sample_event(job, step, "", prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
-def emit_sample(job: "Job", step: int, name: str, prompt: Prompt, text: str) -> None:
+def sample_event(job: "Job", step: int, name: str, prompt: Prompt, text: str) -> dict[str, Any]:
     fields: dict[str, Any] = {"prompt": prompt.text, "answer": text, "reference": prompt.answer, "row": prompt.source}
-    job.emit(job.event("sample", step, **({"set": name} if name else {}), **fields))
+    return job.event("sample", step, **({"set": name} if name else {}), **fields)
 
 
 def spread(job: "Job", prompts: Sequence[Prompt], step: int, *, temperature: float) -> list[str]:
@@ -89,7 +102,9 @@ def spread(job: "Job", prompts: Sequence[Prompt], step: int, *, temperature: flo
         temperature=temperature,
         top_p=job.recipe.generation.top_p,
         seed=job.recipe.seed + step,
+        stop=lambda: job.stop.wanted,
     )
+    unless_stopping(job)
     shares = job.gather(own)
     texts = [""] * len(prompts)
     for rank, share in enumerate(shares):

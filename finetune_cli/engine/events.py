@@ -1,10 +1,12 @@
 """What a run says: metrics.jsonl, trackers, and whoever listens."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune_cli.engine.manifest import WRITING, write_text
 from finetune_cli.errors import MachineError
 from finetune_cli.recipe.sections import Logging
 
@@ -19,7 +21,7 @@ class Journal:
     def __init__(self, path: Path, *, keep_through: int | None) -> None:
         self.path = path
         self.lines = _kept(path, keep_through)
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines))
         self._file = path.open("a", encoding="utf-8")
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -27,6 +29,8 @@ class Journal:
             self.lines.append(event)
             self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
             self._file.flush()
+            if event["event"] == "checkpoint":  # a checkpoint never gets its name before its lines are on the disk
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -51,7 +55,9 @@ def _whole(line: bytes) -> dict[str, Any] | None:
 class Trackers:
     """TensorBoard and the others accelerate knows. Numbers of train and eval events, under their own names."""
 
-    def __init__(self, logging: Logging, run: Path, config: dict[str, Any]) -> None:
+    def __init__(self, logging: Logging, run: Path, config: dict[str, Any], *, keep_through: int | None = None) -> None:
+        for file in (run / "tensorboard").rglob("events.out.tfevents.*"):
+            cut_back(file, keep_through if keep_through is not None else -1)
         self.trackers = [_tracker(name, logging, run) for name in logging.report_to if name != "none"]
         for tracker in self.trackers:
             tracker.store_init_configuration(config)
@@ -65,6 +71,24 @@ class Trackers:
     def close(self) -> None:
         for tracker in self.trackers:
             tracker.finish()
+
+
+def cut_back(file: Path, keep_through: int) -> None:
+    """Take the events of later steps out of a TensorBoard file, and what was half written at its end."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    kept = [raw for raw in RawEventFileLoader(str(file)).Load() if Event.FromString(raw).step <= keep_through]
+    if not kept:
+        file.unlink()
+        return
+    beside = file.with_name(WRITING)  # TensorBoard reads whatever has "tfevents" in its name
+    with beside.open("wb") as stream:
+        writer = RecordWriter(stream)
+        for raw in kept:
+            writer.write(raw)
+    beside.replace(file)
 
 
 def _tracker(name: str, logging: Logging, run: Path) -> Any:

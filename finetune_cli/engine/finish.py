@@ -5,27 +5,35 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune_cli.engine import checkpoint
 from finetune_cli.engine.job import Job
 from finetune_cli.engine.loop import Progress
 from finetune_cli.engine.lora import sizes
+from finetune_cli.engine.manifest import MANIFEST, PREFIX, WRITING, flush, write_text
 
-NOT_THE_RESULT = ("optimizer.pt", "scheduler.pt", "scaler.pt", checkpoint.MANIFEST, "trainer_state.json")
+NOT_THE_RESULT = ("optimizer.pt", "scheduler.pt", "scaler.pt", MANIFEST, "trainer_state.json")
 
 
 def finish(job: Job, progress: Progress, lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Copy the best (or last) checkpoint's model into the run folder and write report.json. First process only."""
-    step = chosen(job, progress)
-    source = job.plan.run / f"{checkpoint.PREFIX}{step}"
-    for path in source.iterdir():
+    step, run = chosen(job, progress), job.plan.run
+    for path in sorted((run / f"{PREFIX}{step}").iterdir()):
         if path.name not in NOT_THE_RESULT and not path.name.startswith("rng_"):
-            shutil.copy2(path, job.plan.run / path.name)
+            copy(path, run / path.name)
     report = make_report(job, progress, step)
-    write_json(job.plan.run / "report.json", report)
     state = {"global_step": progress.step, "epoch": progress.step / job.schedule.steps_per_epoch, "log_history": lines}
-    write_json(job.plan.run / "trainer_state.json", state)
-    (job.plan.run / "README.md").write_text(card(job, report), encoding="utf-8")
+    write_json(run / "trainer_state.json", state)
+    write_text(run / "README.md", card(job, report))
+    flush(run)
+    write_json(run / "report.json", report)  # last: it says that all the others are there
     return report
+
+
+def copy(source: Path, target: Path) -> None:
+    """Whole or not at all."""
+    beside = target.with_name(target.name + WRITING)
+    shutil.copy2(source, beside)
+    flush(beside)
+    beside.replace(target)
 
 
 def chosen(job: Job, progress: Progress) -> int:
@@ -35,10 +43,7 @@ def chosen(job: Job, progress: Progress) -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Beside, then renamed: a reader never sees half a file."""
-    beside = path.with_name(path.name + ".writing")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    beside.replace(path)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def make_report(job: Job, progress: Progress, step: int) -> dict[str, Any]:
@@ -56,12 +61,13 @@ def make_report(job: Job, progress: Progress, step: int) -> dict[str, Any]:
         "estimated_memory_gib": None,
         "first": progress.first,
         "last": progress.last,
-        "result": {"checkpoint": f"{checkpoint.PREFIX}{step}", "step": step, "is": why(job, step, progress)},
+        "result": {"checkpoint": f"{PREFIX}{step}", "step": step, "is": why(job, step, progress)},
         "versions": plan.versions,
         "device": str(job.device),
         "weights": dict(zip(("trained", "total"), sizes(job.policy), strict=True)),
         "layout": {"padded": job.padded_because is not None, "because": job.padded_because},
         "fingerprint": plan.fingerprint,
+        "data_fingerprint": job.data_fingerprint,
     }
 
 

@@ -1,6 +1,6 @@
 """Answers: batched generation with transformers' own generate."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,10 +23,12 @@ def answers(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """The text that follows each prompt, stop token left out, in the order of `prompts`. Temperature 0 is greedy.
 
-    The draw depends on `seed` alone and leaves the run's own random state as it was.
+    The draw depends on `seed` alone and leaves the run's own random state as it was. Where `stop` says so, what is
+    answered so far comes back, the rest empty.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     texts = [""] * len(prompts)
@@ -37,8 +39,10 @@ def answers(
     with torch.random.fork_rng(devices=_cuda()), half_copies(model):
         torch.manual_seed(seed)
         for start in range(0, len(order), BATCH):
+            if stop():
+                break
             some = order[start : start + BATCH]
-            found = _batch(model, tokenizer, [prompts[i].ids for i in some], stop_ids, max_new_tokens, drawn)
+            found = _batch(model, tokenizer, [prompts[i].ids for i in some], stop_ids, max_new_tokens, drawn, stop)
             for i, ids in zip(some, found, strict=True):
                 texts[i] = tokenizer.decode(ids, skip_special_tokens=False)
     model.config.use_cache = use_cache
@@ -67,17 +71,25 @@ def _cuda() -> list[int]:
 
 
 def _batch(
-    model: Any, tokenizer: Any, prompts: list[list[int]], stop_ids: Sequence[int], limit: int, drawn: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    stop_ids: Sequence[int],
+    limit: int,
+    drawn: dict[str, Any],
+    stop: Callable[[], bool],
 ) -> list[list[int]]:
     """Left-padded, so that every answer starts at the same place; pads are masked by length."""
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0] if stop_ids else 0
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     config = GenerationConfig(max_new_tokens=limit, pad_token_id=pad, eos_token_id=list(stop_ids) or None, **drawn)
-    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    asked = StoppingCriteriaList([lambda ids, *_, **__: torch.full((len(ids),), stop(), device=ids.device)])
+    given = {"input_ids": ids, "attention_mask": mask, "generation_config": config, "stopping_criteria": asked}
+    out = model.generate(**given)[:, width:].tolist()
     return [_until_stop(answer, stop_ids) for answer in out]
 
 

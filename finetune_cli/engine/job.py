@@ -4,6 +4,7 @@ import resource
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from finetune_cli.data.batches import Batch, Schedule, padded, tree
 from finetune_cli.data.encode import Encoded
-from finetune_cli.engine import checkpoint
+from finetune_cli.engine import checkpoint, manifest
 from finetune_cli.engine.events import Sink
+from finetune_cli.engine.manifest import PREFIX
 from finetune_cli.engine.metrics import Metric
+from finetune_cli.engine.signals import Stop
 from finetune_cli.methods import Method
 from finetune_cli.plan.resolve import Plan
 from finetune_cli.recipe.sections import Recipe
@@ -59,6 +62,10 @@ class Job:
     trained: list[nn.Parameter] = field(default_factory=list)
     peaks: list[float] = field(default_factory=list)
     """Peak memory of every process, GiB; filled in at the end."""
+    stop: Stop = field(default_factory=Stop)
+    """Whether this process has been asked to end."""
+    data_fingerprint: str = ""
+    """sha256 of the rows that are trained on."""
 
     @property
     def recipe(self) -> Recipe:
@@ -151,18 +158,41 @@ class Job:
             return None
         return sum(values) / len(values) * (1 if self.metric is not None else -1)
 
-    def save(self, progress: Any) -> None:
+    def stopping(self) -> bool:
+        """Whether any process has been asked to end. Collective, so that all of them stop after the same step."""
+        return self.sum_over_processes(torch.tensor([float(self.stop.wanted)]))[0] > 0
+
+    def save(self, progress: Any) -> Path:
         """Write a checkpoint and remove what is beyond the limit. Collective."""
-        rngs = self.gather(checkpoint.rng_state())
+        folder = self.plan.run / f"{PREFIX}{progress.step}"
+        rngs, pending = self.gather(checkpoint.rng_state()), progress.sums.over_processes(self)
         if self.accelerator.is_main_process:
-            folder = self.plan.run / f"{checkpoint.PREFIX}{progress.step}"
             training = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
             training |= {f"rng_{rank}": rng for rank, rng in enumerate(rngs)}
             scaler = self.accelerator.scaler
             training |= {"scaler": scaler.state_dict()} if scaler is not None else {}
-            state = {"global_step": progress.step, "max_steps": self.total_steps, "progress": progress.to_json()}
-            checkpoint.write(folder, model=self.generator, tokenizer=self.tokenizer, training=training, state=state)
+            state = {"global_step": progress.step, "max_steps": self.total_steps, "progress": progress.to_json(pending)}
+            said = self.event("checkpoint", progress.step, path=folder.name)
+            checkpoint.write(
+                folder,
+                model=self.generator,
+                tokenizer=self.tokenizer,
+                training=training,
+                state=state,
+                about=self.about,
+                announce=lambda: self.emit(said),
+            )
             best = progress.best[1] if progress.best is not None else None
-            checkpoint.prune(self.plan.run, keep=self.recipe.save.save_total_limit, best=best)
-        self.emit(self.event("checkpoint", progress.step, path=f"{checkpoint.PREFIX}{progress.step}"))
+            manifest.prune(self.plan.run, keep=self.recipe.save.save_total_limit, best=best)
         self.accelerator.wait_for_everyone()
+        return folder
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a manifest says of the run, for a later one to compare itself with."""
+        return {
+            "world_size": self.world,
+            "plan_fingerprint": self.plan.fingerprint,
+            "data_fingerprint": self.data_fingerprint,
+            "recipe": self.plan.effective,
+        }

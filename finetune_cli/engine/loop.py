@@ -1,9 +1,10 @@
 """The one training loop: steps, evaluations, checkpoints, in the order they happen."""
 
 import math
+import signal
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from finetune_cli.data.batches import Batch, counts_of, silent
 from finetune_cli.engine.evaluate import evaluate
 from finetune_cli.engine.job import Job
+from finetune_cli.engine.manifest import PREFIX
+from finetune_cli.engine.signals import Interrupted
 from finetune_cli.errors import TrainError
 from finetune_cli.types import Counts
 
@@ -20,21 +23,30 @@ from finetune_cli.types import Counts
 class Sums:
     """Sums and counts of logged numbers, over batches and then over processes; one division at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, sums: Mapping[str, Sequence[float]] | None = None) -> None:
         self._sums: dict[str, list[Any]] = defaultdict(lambda: [0.0, 0.0])
+        self._sums.update({name: list(pair) for name, pair in (sums or {}).items()})
 
     def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
         for name, (total, count) in metrics.items():
             self._sums[name][0] += total
             self._sums[name][1] += count
 
-    def means(self, job: Job) -> dict[str, float]:
-        """Collective: every process must call it with the same names."""
+    def join(self, other: "Sums") -> None:
+        self.add({name: (total, count) for name, (total, count) in other._sums.items()})
+
+    def over_processes(self, job: Job) -> dict[str, list[float]]:
+        """name -> [sum, count] of all processes. Collective: every process must call it with the same names."""
         names = sorted(self._sums)
         flat = torch.tensor([float(x) for name in names for x in self._sums[name]], dtype=torch.float64)
         total = job.sum_over_processes(flat)
+        return {name: total[2 * i : 2 * i + 2] for i, name in enumerate(names)}
+
+    def means(self, job: Job) -> dict[str, float]:
+        """Collective, like `over_processes`. Starts anew."""
+        pairs = self.over_processes(job)
         self._sums.clear()
-        return {name: total[2 * i] / total[2 * i + 1] for i, name in enumerate(names) if total[2 * i + 1]}
+        return {name: total / count for name, (total, count) in pairs.items() if count}
 
 
 @dataclass
@@ -62,13 +74,25 @@ class Progress:
     """(value where higher is better, step)"""
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
+    looked: bool = False
+    """Whether the evaluation that is due after `step` is done; it can be cut off."""
+    sums: Sums = field(default_factory=Sums)
+    """What the next line will say."""
+    clock: Clock = field(default_factory=Clock)
+    saved: int = 0
+    """The step of the last checkpoint whose evaluation was done."""
 
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "best": list(self.best) if self.best else None}
+    def to_json(self, sums: Mapping[str, Sequence[float]] | None = None) -> dict[str, Any]:
+        """`sums` are those of all processes."""
+        best = list(self.best) if self.best else None
+        return {**vars(self), "best": best, "sums": dict(sums or {}), "clock": vars(self.clock)}
 
     @classmethod
-    def from_json(cls, state: dict[str, Any]) -> "Progress":
-        return cls(**{**state, "best": tuple(state["best"]) if state["best"] else None})
+    def from_json(cls, state: dict[str, Any], *, rank: int = 0) -> "Progress":
+        """The first process takes the sums of all."""
+        sums = {name: pair if rank == 0 else [0.0, 0.0] for name, pair in state["sums"].items()}
+        best = tuple(state["best"]) if state["best"] else None
+        return cls(**{**state, "best": best, "sums": Sums(sums), "clock": Clock(**state["clock"])})
 
 
 def due(step: int, every: float, total: int) -> bool:
@@ -107,31 +131,55 @@ def layout(job: Job, own: list[int], *, fill: int, measure: bool) -> Batch:
 
 
 def train(job: Job, progress: Progress) -> Progress:
-    """Run from `progress.step` to the end."""
-    sums, clock = Sums(), Clock()
-    if progress.step == 0:
+    """Run from `progress.step` to the end. Raises Interrupted, with the run saved, where it was asked to end."""
+    if progress.step == 0 and not progress.looked:
         look(job, progress, final=job.total_steps == 0)
-    job.policy.train()
-    while progress.step < job.total_steps:
-        logged = due(progress.step + 1, job.recipe.logging.logging_steps, job.total_steps)
-        logged = logged or progress.step + 1 in (1, job.total_steps)
-        started = time.perf_counter()
-        learning_rate = job.scheduler.get_last_lr()[0]
-        norm, counts, tokens = optimiser_step(job, progress.step, measure=logged, sums=sums)
-        job.synchronize()
-        clock.seconds += time.perf_counter() - started
-        clock.tokens += tokens
-        advance(progress, counts, tokens, time.perf_counter() - started)
-        watch(job, progress, norm)
-        if logged:
-            log(job, progress, sums, clock, grad_norm=norm, learning_rate=learning_rate)
-        job.emit({"event": "progress", "step": progress.step, "total": job.total_steps})
-        after(job, progress)
+    job.stop.patient = True
+    try:
+        if progress.step and not progress.looked:
+            after(job, progress)
+        while progress.step < job.total_steps:
+            if job.stopping():
+                raise Interrupted(job.stop.number or signal.SIGTERM)
+            forward(job, progress)
+            after(job, progress)
+    except Interrupted as interrupted:
+        saved = keep_what_is_done(job, progress)
+        raise Interrupted(interrupted.number, step=progress.step, saved=saved) from None
     return progress
+
+
+def keep_what_is_done(job: Job, progress: Progress) -> str | None:
+    """Save, unless this step already is; the name of the checkpoint."""
+    if progress.step == 0:
+        return None
+    if progress.saved != progress.step:
+        job.save(progress)
+    return f"{PREFIX}{progress.step}"
+
+
+def forward(job: Job, progress: Progress) -> None:
+    """One optimiser step, and the line about it where one is due."""
+    job.policy.train()
+    step, setting = progress.step + 1, job.recipe.logging
+    logged = due(step, setting.logging_steps, job.total_steps) or step in (1, job.total_steps)
+    started = time.perf_counter()
+    learning_rate = job.scheduler.get_last_lr()[0]
+    norm, counts, tokens = optimiser_step(job, progress.step, measure=logged, sums=progress.sums)
+    job.synchronize()
+    seconds = time.perf_counter() - started
+    progress.clock.seconds += seconds
+    progress.clock.tokens += tokens
+    advance(progress, counts, tokens, seconds)
+    watch(job, progress, norm)
+    if logged:
+        log(job, progress, grad_norm=norm, learning_rate=learning_rate)
+    job.emit({"event": "progress", "step": progress.step, "total": job.total_steps})
 
 
 def advance(progress: Progress, counts: Counts, tokens: int, seconds: float) -> None:
     progress.step += 1
+    progress.looked = False
     progress.num_tokens += tokens
     progress.trained_tokens += counts.tokens
     progress.seconds += seconds
@@ -155,9 +203,9 @@ def watch(job: Job, progress: Progress, norm: float) -> None:
     )
 
 
-def log(job: Job, progress: Progress, sums: Sums, clock: Clock, *, grad_norm: float, learning_rate: float) -> None:
-    means = sums.means(job)
-    seconds, tokens = clock.take()
+def log(job: Job, progress: Progress, *, grad_norm: float, learning_rate: float) -> None:
+    means = progress.sums.means(job)
+    seconds, tokens = progress.clock.take()
     numbers = {
         **means,
         "grad_norm": grad_norm,
@@ -186,10 +234,11 @@ def after(job: Job, progress: Progress) -> None:
     epoch_ends = step % job.schedule.steps_per_epoch == 0
     wanted = {"no": False, "epoch": epoch_ends, "steps": due(step, setting.eval_steps, total)}[setting.eval_strategy]
     improved = look(job, progress, final=final) if wanted or (final and setting.eval_strategy != "no") else False
+    progress.looked = True
     keep_best = improved and job.plan.resolved.load_best_model_at_end
     if final or keep_best or due(step, job.recipe.save.save_steps, total):
+        progress.saved = step
         job.save(progress)
-    job.policy.train()
 
 
 def look(job: Job, progress: Progress, *, final: bool) -> bool:

@@ -61,5 +61,14 @@ def schedule(optimizer: torch.optim.Optimizer, train: Train, total: int) -> Any:
     )
 
 
+def move(scheduler: Any, place: int) -> None:
+    """Put a fresh schedule where it is after `place` steps, whatever the optimiser's learning rates were."""
+    scheduler.last_epoch = place
+    rates = [base * rate(place) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
 def named_trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

@@ -13,14 +13,16 @@ import torch
 from finetune_cli.data.batches import Schedule, pack
 from finetune_cli.data.chat import Chat
 from finetune_cli.data.rows import RowSets
-from finetune_cli.engine import checkpoint, layout, metrics, models, optim
+from finetune_cli.engine import checkpoint, layout, manifest, metrics, models, optim
 from finetune_cli.engine.events import Sink
 from finetune_cli.engine.job import EvalSet, Job
 from finetune_cli.engine.loop import Progress, total_steps
 from finetune_cli.engine.lora import sizes
 from finetune_cli.engine.role import Role
-from finetune_cli.errors import ModelError, TrainError
+from finetune_cli.engine.signals import Stop
+from finetune_cli.errors import ModelError, RecipeError
 from finetune_cli.log import LOGGER
+from finetune_cli.plan.changes import BEST, Change, compare
 from finetune_cli.plan.facts import Facts
 from finetune_cli.plan.resolve import Plan
 from finetune_cli.recipe.sections import Recipe
@@ -74,7 +76,9 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(seed + rank)
 
 
-def build(plan: Plan, words: Words, sets: RowSets, sink: Sink, *, resume: Path | None) -> tuple[Job, Progress]:
+def build(
+    plan: Plan, words: Words, sets: RowSets, sink: Sink, *, resume: Path | None, stop: Stop | None = None
+) -> tuple[Job, Progress]:
     """Weights, optimiser and schedule; from `resume` where a run goes on."""
     recipe, acc = plan.recipe, accelerator(plan)
     location = words.location if resume is None else resumed(words.location, resume, recipe.lora is not None)
@@ -117,6 +121,8 @@ def build(plan: Plan, words: Words, sets: RowSets, sink: Sink, *, resume: Path |
         sink=sink,
         padded_because=padded_because,
         trained=[p for _, p in optim.named_trained(policy)],
+        stop=stop or Stop(),
+        data_fingerprint=checkpoint.rows_sha256(rows.rows),
     )
     seed_everything(recipe.seed, job.rank)
     job.emit({"event": "start", "total": total, "trained": trained, "weights": every, "device": str(acc.device)})
@@ -149,28 +155,66 @@ def resumed(location: models.Location, folder: Path, adapted: bool) -> models.Lo
     return models.Location(str(folder), {"trust_remote_code": location.kwargs.get("trust_remote_code", False)})
 
 
-def restore(job: Job, folder: Path) -> Progress:
-    """Optimiser, schedule, generators and place of a checkpoint. Raises TrainError where it was another run's."""
-    parts = ["optimizer", "scheduler", f"rng_{job.rank}"] + (["scaler"] if job.accelerator.scaler is not None else [])
-    training = checkpoint.load_training(folder, parts)
-    state = checkpoint.state(folder)
-    if state["max_steps"] != job.total_steps:
-        raise TrainError(
-            f"{folder.name} belongs to a run of {state['max_steps']} steps, this one has {job.total_steps}",
-            "Resume with the recipe it was written with, or start anew with --overwrite.",
+def compare_rows(rows: list[Row], folder: Path, *, anyway: bool) -> None:
+    """Raises RecipeError where the rows are others than the checkpoint's, unless the run is to go on `anyway`."""
+    if manifest.read(folder)["data_fingerprint"] == checkpoint.rows_sha256(rows):
+        return
+    if not anyway:
+        raise RecipeError(
+            f"the rows are not those that {folder.name} was trained on",
+            "A file, a template, the tokenizer or a setting of data: changed. Put it back, start anew with "
+            "--overwrite, "
+            "or use --resume-anyway: the run then goes on at the same step number with the new rows.",
         )
-    job.optimizer.load_state_dict(training["optimizer"])
-    job.scheduler.load_state_dict(training["scheduler"])
-    if "scaler" in training:
+    LOGGER.warning("the rows are not those of %s: the run goes on at its step with the new rows", folder.name)
+
+
+def restore(job: Job, folder: Path) -> Progress:
+    """Optimiser, schedule, generators and place of a checkpoint; what of it the recipe has changed is the recipe's."""
+    own = f"rng_{job.rank}"
+    training = checkpoint.load_training(folder, ["optimizer", "scheduler", own, "scaler"])
+    state, about = checkpoint.state(folder), manifest.read(folder)
+    changed = [c for c in compare(about["recipe"], job.plan.effective) if c.kind in ("length", "training")]
+    seat(job, training, changed, stretched=state["max_steps"] != job.total_steps)
+    if "scaler" in training and job.accelerator.scaler is not None:
         job.accelerator.scaler.load_state_dict(training["scaler"])
-    checkpoint.set_rng_state(training[f"rng_{job.rank}"])
-    return without_lost_best(job, Progress.from_json(state["progress"]))
+    if own in training and about["world_size"] == job.world:
+        checkpoint.set_rng_state(training[own])
+    progress = Progress.from_json(state["progress"], rank=job.rank)
+    if progress.step > job.total_steps:
+        raise RecipeError(
+            f"{folder.name} is past the end of this run, which has {job.total_steps} steps",
+            "Ask for more steps or epochs, or start anew with --overwrite.",
+        )
+    if any(c.key.startswith(BEST) for c in compare(about["recipe"], job.plan.effective)):
+        LOGGER.warning("evaluations are not what they were: the best is looked for from here on")
+        progress.best = None
+    return without_lost_best(job, progress)
+
+
+def seat(job: Job, training: dict[str, Any], changed: list[Change], *, stretched: bool) -> None:
+    """Optimiser and schedule as they were saved; under a changed recipe with its own settings, at the same step."""
+    fresh = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
+    if not any(c.key == "train.optim" for c in changed):
+        job.optimizer.load_state_dict(training["optimizer"])
+    if not (changed or stretched):
+        job.scheduler.load_state_dict(training["scheduler"])
+        return
+    for group, own in zip(job.optimizer.param_groups, fresh, strict=True):
+        group.update(own)
+    place = training["scheduler"]["last_epoch"]
+    before = training["scheduler"]["_last_lr"][0]
+    optim.move(job.scheduler, place)
+    LOGGER.warning(
+        "the %s schedule is now that of %d steps: the learning rate of step %d is %.3g, it would have been %.3g",
+        job.recipe.train.lr_scheduler_type, job.total_steps, place + 1, job.scheduler.get_last_lr()[0], before,
+    )  # fmt: skip
 
 
 def without_lost_best(job: Job, progress: Progress) -> Progress:
     """Where the folder of the best checkpoint is gone, what follows is compared anew."""
     if job.plan.resolved.load_best_model_at_end and progress.best is not None:
-        folder = job.plan.run / f"{checkpoint.PREFIX}{progress.best[1]}"
+        folder = job.plan.run / f"{manifest.PREFIX}{progress.best[1]}"
         if not folder.exists():
             LOGGER.warning("%s, the best so far, is gone: the best is looked for from here on", folder.name)
             progress.best = None
@@ -192,13 +236,3 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
             f"the tokenizer has ids up to {highest}, the model's embedding has {rows} rows",
             "Use the tokenizer that belongs to the model; adding tokens comes with a later version.",
         )
-
-
-def whole_checkpoint(run: Path) -> Path | None:
-    """The newest undamaged checkpoint; damaged ones are named and passed over."""
-    for folder in reversed(checkpoint.found(run)):
-        problem = checkpoint.damage(folder)
-        if problem is None:
-            return folder
-        LOGGER.warning("%s is passed over: %s", folder.name, problem)
-    return None

@@ -1,7 +1,5 @@
 """The plan: the recipe unchanged, every `auto` made concrete, and the origin of each value."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune_cli import __version__
+from finetune_cli.plan.changes import effective, fingerprint, leaves
 from finetune_cli.plan.facts import Facts
 from finetune_cli.plan.machine import Machine
 from finetune_cli.recipe.sections import Recipe
@@ -51,7 +50,12 @@ class Plan(Spec):
     recipe_path: str
     versions: dict[str, str]
     fingerprint: str
-    """Of everything that changes the numbers of the run."""
+    """Of everything in the recipe that changes the numbers of the run; the rows have a fingerprint of their own."""
+
+    @property
+    def effective(self) -> dict[str, Any]:
+        """Dotted key -> the value that the run uses."""
+        return effective(self.recipe.model_dump(), self.resolved.model_dump())
 
     @property
     def run(self) -> Path:
@@ -75,7 +79,7 @@ def resolve(
         output_dir=str(Path(recipe.output_dir).expanduser().absolute()),
         recipe_path=str(recipe_path),
         versions=versions,
-        fingerprint=_fingerprint(recipe, resolved),
+        fingerprint=fingerprint(effective(recipe.model_dump(), resolved.model_dump())),
     )
 
 
@@ -186,21 +190,6 @@ def _origins(recipe: Recipe, written: Mapping[str, Any], reasons: Mapping[str, s
 
 def _is_written(key: str, in_recipe: Mapping[str, Any]) -> bool:
     return any(k == key or k.startswith(key + ".") or key.startswith(k + ".") for k in in_recipe)
-
-
-def leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """(dotted key, value) of every leaf; lists are leaves."""
-    if not isinstance(value, Mapping) or not value:
-        return [(prefix, value)]
-    return [leaf for key, inner in value.items() for leaf in leaves(inner, f"{prefix}.{key}".strip("."))]
-
-
-def _fingerprint(recipe: Recipe, resolved: Resolved) -> str:
-    """Of the method, the model, the rows and the optimisation; not of logging, saving or where it is written."""
-    parts = recipe.model_dump(include={"method", "model", "data", "seed", "lora", "quantization", "train"})
-    parts["train"] |= resolved.model_dump(include={"learning_rate", "precision", "global_batch_size"})
-    text = json.dumps(parts, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _version(package: str) -> str | None:

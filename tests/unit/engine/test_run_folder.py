@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune_cli import commands, worker
-from finetune_cli.engine import checkpoint
+from finetune_cli import commands, runs, worker
+from finetune_cli.engine import manifest
+from finetune_cli.engine.signals import Stop
 from finetune_cli.errors import DataError, MachineError, RecipeError
 from tests.helpers import finetune, journal, questions, write_rows
 
@@ -34,14 +35,16 @@ FULL = {"config.json", "model.safetensors"}
 def run_here(job_of, monkeypatch):
     """Claim the folder and do the worker's work in this process; (plan, job)."""
 
-    def run(recipe, *overrides, resume=False, overwrite=False):
+    def run(recipe, *overrides, resume=False, overwrite=False, anyway=False):
         from finetune_cli.engine import finish
 
         plan, loaded, _ = commands.planned(recipe, overrides)
-        commands.claim(plan, loaded, resume=resume, overwrite=overwrite)
+        options = runs.Options(resume=resume, anyway=anyway)
+        start = runs.resumed(plan, options) if resume else None
+        runs.claim(plan, loaded, resume=resume, overwrite=overwrite)
         jobs, real = [], finish.finish
         monkeypatch.setattr(finish, "finish", lambda job, *rest: jobs.append(job) or real(job, *rest))
-        worker.work(plan, resume=resume, as_json=False)
+        worker.work(plan, Stop(), resume=start, anyway=anyway, as_json=False)
         monkeypatch.setattr(finish, "finish", real)
         return plan, jobs[0]
 
@@ -74,7 +77,7 @@ def test_everything_that_the_contract_names(recipe_of, run_here, eval_rows):
     } | TOKENIZER | ADAPTER  # fmt: skip
     training = {"optimizer.pt", "scheduler.pt", "rng_0.pt", "trainer_state.json", "manifest.json"}
     assert names(run / "checkpoint-2") == training | TOKENIZER | ADAPTER
-    assert all(checkpoint.damage(folder) is None for folder in checkpoint.found(run))
+    assert all(manifest.damage(folder) is None for folder in manifest.found(run))
     assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
     assert (run / "chat_template.jinja").read_text() == job.tokenizer.chat_template
     assert worker.Plan.model_validate_json((run / "plan.json").read_text()) == plan
@@ -240,7 +243,7 @@ def test_best_and_last_are_kept(recipe_of, run_here, scripted, eval_rows, limit,
         save={"save_steps": 1, "save_total_limit": limit},
     )
     plan, _ = run_here(path)
-    assert [checkpoint.step_of(folder) for folder in checkpoint.found(plan.run)] == kept
+    assert [manifest.step_of(folder) for folder in manifest.found(plan.run)] == kept
     report = json.loads((plan.run / "report.json").read_text())
     assert report["result"] == {"checkpoint": "checkpoint-3", "step": 3, "is": "best"}
     assert report["last"]["eval_scripted"] == 0.5
@@ -259,7 +262,7 @@ def test_last_is_the_result_where_the_recipe_says_so(recipe_of, run_here, script
         save={"save_steps": 2, "load_best_model_at_end": False},
     )
     plan, _ = run_here(path)
-    assert [folder.name for folder in checkpoint.found(plan.run)] == ["checkpoint-2", "checkpoint-3"]
+    assert [folder.name for folder in manifest.found(plan.run)] == ["checkpoint-2", "checkpoint-3"]
     report = json.loads((plan.run / "report.json").read_text())
     assert report["result"] == {"checkpoint": "checkpoint-3", "step": 3, "is": "last"}
 
@@ -299,7 +302,7 @@ def test_killed_run_goes_on_and_ends_as_if_it_had_not_been(recipe_of, run_here, 
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     cut = tmp_path / "cut"
-    assert [folder.name for folder in checkpoint.found(cut)] == ["checkpoint-2", "checkpoint-4"]
+    assert [folder.name for folder in manifest.found(cut)] == ["checkpoint-2", "checkpoint-4"]
     assert max(line["step"] for line in journal(cut)) == 5
     (cut / "checkpoint-6.writing").mkdir()  # what a kill while saving leaves
 
@@ -392,8 +395,8 @@ def test_resume_of_another_recipe_is_refused(recipe_of, run_here):
     path = recipe_of(train={"max_steps": 4}, save={"save_steps": 2})
     plan, _ = run_here(path)
     (plan.run / "report.json").unlink()
-    with pytest.raises(Exception, match="belongs to a run of 4 steps, this one has 6"):
-        run_here(path, "max_steps=6", resume=True)
+    with pytest.raises(RecipeError, match=r"train.learning_rate: 0.0005 -> 0.001"):
+        run_here(path, "learning_rate=1e-3", resume=True)
 
 
 def test_run_folder_of_another_run_is_refused_or_replaced(recipe_of, run_here):
@@ -405,7 +408,7 @@ def test_run_folder_of_another_run_is_refused_or_replaced(recipe_of, run_here):
     assert "--overwrite" in caught.value.hint
     (plan.run / "notes.txt").write_text("mine")
     run_here(path, "max_steps=2", overwrite=True)
-    assert [folder.name for folder in checkpoint.found(plan.run)] == ["checkpoint-1", "checkpoint-2"]
+    assert [folder.name for folder in manifest.found(plan.run)] == ["checkpoint-1", "checkpoint-2"]
     assert json.loads((plan.run / "report.json").read_text())["steps"] == 2
     assert (plan.run / "notes.txt").read_text() == "mine"
 
@@ -443,23 +446,18 @@ def test_a_run_that_failed_before_its_first_step_is_simply_run_again(recipe_of, 
 def test_end_of_a_worker_that_could_not_say_why(recipe_of):
     """Killed by a signal: a stop that came before it listened, or the system's."""
     plan, _, _ = commands.planned(recipe_of(), [])
-    assert commands.report_end(plan, -signal.SIGTERM) == 143
-    assert commands.report_end(plan, -signal.SIGINT) == 130
-    assert commands.report_end(plan, 0) == 0
+    assert runs.report_end(plan, -signal.SIGTERM) == 143
+    assert runs.report_end(plan, -signal.SIGINT) == 130
+    assert runs.report_end(plan, 0) == 0
     with pytest.raises(MachineError, match="killed by SIGKILL"):
-        commands.report_end(plan, -signal.SIGKILL)
+        runs.report_end(plan, -signal.SIGKILL)
 
 
 def test_error_of_a_worker_is_its_own_class_with_its_problems(recipe_of):
     plan, loaded, _ = commands.planned(recipe_of(rows=[{"messages": 3}, {"messages": 4}]), [])
-    commands.claim(plan, loaded, resume=False, overwrite=False)
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        assert worker.run(plan, resume=False, as_json=False) == 3
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-            signal.signal(number, handler)
+    runs.claim(plan, loaded, resume=False, overwrite=False)
+    assert worker.run(plan, Stop(), resume=None, anyway=False, as_json=False) == 3
     with pytest.raises(DataError) as caught:
-        commands.report_end(plan, 3)
+        runs.report_end(plan, 3)
     assert [problem.line for problem in caught.value.problems] == [1, 2]
     assert not (plan.run / "traceback.txt").exists()

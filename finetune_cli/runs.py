@@ -1,0 +1,225 @@
+"""A run as its command sees it: folder claimed and locked, workers started, signals passed on. No torch here."""
+
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from finetune_cli import log, show
+from finetune_cli.engine import manifest
+from finetune_cli.engine.lock import RunLock
+from finetune_cli.engine.signals import CAUGHT, Stop, exit_code, held_back
+from finetune_cli.errors import FinetuneError, MachineError, RecipeError
+from finetune_cli.plan import launch
+from finetune_cli.plan.changes import Change, compare
+from finetune_cli.plan.resolve import Plan
+from finetune_cli.recipe.load import Loaded
+
+RESULTS = ("metrics.jsonl", "report.json", "trainer_state.json")
+"""Files that say that a run has begun."""
+RUN_FILES = (*RESULTS, "plan.json", "recipe.yaml", "error.json", "traceback.txt")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for beside the recipe."""
+
+    resume: bool = False
+    anyway: bool = False
+    """Go on although the recipe has changed."""
+    overwrite: bool = False
+    as_json: bool = False
+    again: tuple[str, ...] = ()
+    """The command, without these options."""
+
+
+def run(plan: Plan, loaded: Loaded, options: Options) -> int:
+    """Claim the folder, start, wait; the exit code."""
+    log.setup()
+    alone = not launch.inside()
+    if options.resume and ended(plan):
+        if alone or log.rank() == 0:
+            show.err.print(f"{plan.run} is finished; nothing is left to resume")
+        return 0
+    with locked(plan.run) if alone or log.rank() == 0 else nullcontext() as lock:
+        start = resumed(plan, options) if options.resume else None
+        if alone or log.rank() == 0:
+            claim(plan, loaded, resume=options.resume, overwrite=options.overwrite)
+        if not alone:
+            from finetune_cli import worker
+
+            stop = Stop()
+            stop.listen()
+            return worker.run(plan, stop, resume=start, anyway=options.anyway, as_json=options.as_json)
+        assert lock is not None
+        return begin(plan, start, options, lock)
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[RunLock]:
+    """Raises RecipeError where another run is in the folder, MachineError where it cannot be written."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(run)
+    except OSError as error:
+        raise MachineError(f"{run} cannot be written: {error.strerror}", "Name another output_dir.") from error
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def finished(folder: Path) -> bool:
+    return (folder / "report.json").exists()
+
+
+def ended(plan: Plan) -> bool:
+    """Finished, and as long as it is asked to be. Raises RecipeError where another recipe's run is finished here."""
+    if not finished(plan.run):
+        return False
+    before = Plan.model_validate_json((plan.run / "plan.json").read_text(encoding="utf-8"))
+    changes = compare(before.effective, plan.effective)
+    if any(c.kind == "length" for c in changes):
+        return False
+    refuse([c for c in changes if c.kind in ("training", "impossible")], "this finished run", offer=False)
+    return True
+
+
+def resumed(plan: Plan, options: Options) -> Path | None:
+    """The checkpoint to go on from, None where there is none yet; says what has changed since."""
+    manifest.recover(plan.run)
+    folder = manifest.newest_whole(plan.run)
+    if folder is None:
+        log.LOGGER.warning("no checkpoint yet: the run starts afresh")
+        return None
+    changes = compare(manifest.read(folder)["recipe"], plan.effective)
+    for change in changes:
+        if change.kind in ("rounding", "length"):
+            meaning = (
+                "the same training to rounding"
+                if change.kind == "rounding"
+                else "the schedule is that of the new length"
+            )
+            log.LOGGER.warning("%s: %s", change, meaning)
+    refuse([c for c in changes if c.kind == "impossible"], folder.name, offer=False)
+    training = [c for c in changes if c.kind == "training"]
+    if not options.anyway:
+        refuse(training, folder.name, offer=True)
+    for change in training:
+        log.LOGGER.warning("%s: %s", change, change.consequence)
+    return folder
+
+
+def refuse(changes: list[Change], what: str, *, offer: bool) -> None:
+    """Raises RecipeError where there are any."""
+    if not changes:
+        return
+    lines = "".join(f"\n  {change}; {change.consequence}" if offer else f"\n  {change}" for change in changes)
+    anyway = " --resume-anyway goes on as the lines above say." if offer else ""
+    raise RecipeError(
+        f"the recipe is not the one of {what}:{lines}",
+        f"Put the recipe back, name another output_dir, or start anew with --overwrite.{anyway}",
+    )
+
+
+def claim(plan: Plan, loaded: Loaded, *, resume: bool, overwrite: bool) -> None:
+    """Make the run folder, and write what will be run. Raises RecipeError where another run's results are in it."""
+    folder = plan.run
+    used = [name for name in RESULTS if (folder / name).exists()] + [p.name for p in folder.glob("checkpoint-*")]
+    if used and not (resume or overwrite):
+        raise RecipeError(
+            f"{show.short(str(folder))} holds another run ({used[0]})",
+            "Name another output_dir, go on with --resume, or replace it with --overwrite.",
+        )
+    if overwrite and not resume:
+        clear(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("error.json", "report.json"):
+            (folder / name).unlink(missing_ok=True)
+        manifest.write_text(folder / "plan.json", plan.model_dump_json(indent=1))
+        manifest.write_text(folder / "recipe.yaml", loaded.dump())
+    except OSError as error:
+        raise MachineError(f"{folder} cannot be written: {error.strerror}", "Name another output_dir.") from error
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else: what is left of an adapter would be loaded with the next result."""
+    result = [name for path in folder.glob("checkpoint-*/manifest.json") for name in _named(path)]
+    result += ["README.md"] if finished(folder) else []
+    for name in result:
+        (folder / Path(name).name).unlink(missing_ok=True)
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _named(path: Path) -> list[str]:
+    """The files of a checkpoint, of which those of the model are also the run's result."""
+    try:
+        return [*json.loads(path.read_text(encoding="utf-8"))["files"]]
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def begin(plan: Plan, start: Path | None, options: Options, lock: RunLock) -> int:
+    """Start the worker(s), pass signals on, and tell how it ended."""
+    command = [
+        *([f"--resume={start.name}"] if start is not None else []),
+        *(["--anyway"] if options.anyway else []),
+        *(["--json"] if options.as_json else []),
+    ]
+    argv = launch.argv(plan, plan.run / "plan.json", command)
+    asked: list[int] = []
+    with held_back():
+        process = subprocess.Popen(argv, env=launch.environment(plan), pass_fds=(lock.descriptor,))
+
+        def forward(number: int, _: FrameType | None) -> None:
+            asked.append(number)
+            process.send_signal(number)
+
+        previous = {number: signal.signal(number, forward) for number in CAUGHT}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    code = report_end(plan, code)
+    if code in (130, 143):
+        tell_how_to_go_on(plan, code, options)
+    return code
+
+
+def tell_how_to_go_on(plan: Plan, code: int, options: Options) -> None:
+    again = shlex.join([*options.again, "--resume"])
+    if options.as_json:
+        show.to_stdout({"event": "interrupted", "exit_code": code, "run": str(plan.run), "resume": again})
+    else:
+        show.err.print(f"interrupted; go on with:\n  {again}", markup=False)
+
+
+def report_end(plan: Plan, code: int) -> int:
+    """The exit code of the run. A worker's error is told once, whatever its number of processes."""
+    from finetune_cli.worker import read_error
+
+    failure = read_error(plan.run / "error.json")
+    if failure is not None:
+        raise failure
+    if -code in CAUGHT:  # stopped before it listened
+        return exit_code(-code)
+    if code < 0:
+        raise MachineError(
+            f"the training process was killed by {signal.Signals(-code).name}",
+            "SIGKILL is usually the system running out of memory: lower train.per_device_train_batch_size.",
+        )
+    if code not in (0, 130, 143):
+        raise FinetuneError(f"the training process ended with exit code {code} and left no word")
+    return code
