@@ -113,6 +113,7 @@ def resumed(plan: Plan, options: Options) -> Path | None:
         refuse(training, folder.name, offer=True)
     for change in training:
         log.LOGGER.warning("%s: %s", change, change.consequence)
+    log.LOGGER.info("going on from %s", folder.name)
     return folder
 
 

@@ -59,7 +59,7 @@ class Trackers:
         for file in (run / "tensorboard").rglob("events.out.tfevents.*"):
             cut_back(file, keep_through if keep_through is not None else -1)
         self.trackers = [_tracker(name, logging, run) for name in logging.report_to if name != "none"]
-        for tracker in self.trackers:
+        for tracker in self.trackers if keep_through is None else []:
             tracker.store_init_configuration(config)
 
     def __call__(self, event: dict[str, Any]) -> None:
