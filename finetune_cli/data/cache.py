@@ -46,13 +46,16 @@ def encoded(method: Method, sources: Sequence[Source], chat: Chat, data: Data, *
 
 
 def cached(path: Path, build: Callable[[], Encoded]) -> Encoded:
-    """What `path` holds, or `build()`, which is then written there. A folder that cannot be written is no error."""
+    """What `path` holds, or `build()`, which is then written there. A folder that cannot be written is no error; what
+    is in it already is read all the same."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(f"{path}.lock").acquire()
     except OSError as error:
-        LOG.warning("the row cache %s cannot be used (%s): the rows are tokenised anew", path.parent, error)
-        return build()
+        found = load(path)
+        if found is None:
+            LOG.warning("the row cache %s cannot be written (%s): the rows are tokenised anew", path.parent, error)
+        return found or build()
     with held:
         found = load(path)
         if found is None:
@@ -69,7 +72,7 @@ def key_of(method: Method, sources: Sequence[Source], chat: Chat, data: Data, *,
         "tokenizer": sha256(tokenizer_text(chat.tokenizer)),
         "template": style and [style.template, style.stops, style.mismatch],
         "date": date.today().isoformat() if style and "strftime_now" in style.template else None,
-        "method": [type(method).__module__, method.model_dump(mode="json")],
+        "method": [type(method).__module__, method.name, method.encoding()],
         "data": {key: getattr(data, key) for key in SETTINGS},
         "seed": seed,
         "code": code(type(method)),
@@ -87,7 +90,7 @@ def code(method: type[Method]) -> str:
     """sha256 of the source that makes the rows: ours, and the file of a method that another package brings."""
     root = Path(finetune_cli.__file__).parent
     files = {root / "types.py", Path(inspect.getfile(method))}
-    files |= {file for folder in ("data", "methods") for file in (root / folder).glob("*.py")}
+    files |= {file for folder in ("data", "methods") for file in (root / folder).rglob("*.py")}
     return sha256("".join(file.read_text(encoding="utf-8") for file in sorted(files)))
 
 
@@ -99,15 +102,16 @@ def save(found: Encoded, path: Path) -> None:
     """Write an entry whole or not at all."""
     arrays, names, extras = flat(found.rows)
     about = {"report": found.report, "names": names, "extras": extras, "sha256": digest(arrays)}
-    temporary = ""
+    temporary: Path | None = None
     try:
         with NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
-            temporary = file.name
+            temporary = Path(file.name)
         save_file(arrays, temporary, metadata={"about": json.dumps(about)})
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second where the disk is full
         LOG.warning("the row cache %s cannot be written (%s)", path, error)
-        Path(temporary).unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Encoded | None:

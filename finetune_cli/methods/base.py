@@ -49,6 +49,10 @@ class Method(Spec):
         """NEFTune's alpha; None for no noise."""
         return None
 
+    def encoding(self) -> dict[str, Any]:
+        """The knobs that `encode` reads, under which its rows are kept on disk. All, where a method says nothing."""
+        return self.model_dump(mode="json")
+
     @abstractmethod
     def encode(self, row: Mapping[str, Any], shape: str, render: Render) -> Iterator[Row]:
         """Tokens of one row of the data; more than one where the template rewrites history. Pure, no torch."""

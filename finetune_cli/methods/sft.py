@@ -51,6 +51,9 @@ class Sft(Method):
     def embedding_noise(self) -> float | None:
         return self.neftune_noise_alpha
 
+    def encoding(self) -> dict[str, Any]:
+        return {"loss_on": self.loss_on}
+
     def encode(self, row: Mapping[str, Any], shape: str, render: Render) -> Iterator[Row]:
         if shape == "messages":
             return render.conversation(row, loss_on=self.loss_on or "assistant")

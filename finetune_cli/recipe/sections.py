@@ -95,7 +95,8 @@ class Source(Spec):
     split: str | None = None
     """Split of a hub data set or a saved folder; `train` where it is not given."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often its rows are seen relative to their number: 2 is twice an epoch, 0.5 every other row."""
+    """How often its rows are seen relative to their number: 2 is twice an epoch, 0.5 a half that `seed`
+    draws."""
     columns: dict[str, str] | None = None
     """Our column name -> the name in the file: `{messages: conversations}`."""
     roles: dict[str, Annotated[list[str], OneOrMany()]] | None = None
@@ -124,6 +125,14 @@ class Data(Spec):
     template_mismatch: Literal["refuse", "inference", "render"] = "refuse"
     """For templates whose generation prompt is not in the rendered turn: refuse the row, train prompt + answer + stop
     as inference sees them, or train what the template renders."""
+
+    @model_validator(mode="after")
+    def _evaluated_once(self) -> Self:
+        for name, source in (self.eval_sets or {}).items():
+            if source.weight > 1:
+                where = f"eval_sets.{name}".rstrip(".")
+                raise ValueError(f"{where}: weight above 1 would count rows of an evaluation set more than once")
+        return self
 
 
 class Train(Spec):

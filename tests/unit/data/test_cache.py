@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 import threading
 import time
 
@@ -93,6 +95,7 @@ def test_the_key_follows_what_matters(tmp_path, job, monkeypatch):
     keys.append(key())
     assert len(set(keys)) == len(keys)
     assert key() == key(data=data.model_copy(update={"shuffle": False}))
+    assert key() == key(method=Sft(packing=True, neftune_noise_alpha=5))
 
 
 def test_a_template_that_prints_the_date_is_cached_for_the_day(job, monkeypatch):
@@ -131,7 +134,54 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING, "finetune_cli"):
         assert cache.cached(tmp_path / "file" / "rows" / "a.safetensors", lambda: FOUND) == FOUND
-    assert "cannot be used" in caplog.text
+    assert "cannot be written" in caplog.text
+
+
+def test_an_entry_is_read_where_nothing_can_be_written(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "a.safetensors"
+    cache.save(FOUND, path)
+
+    def refused(_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(cache, "FileLock", refused)
+    assert cache.cached(path, lambda: pytest.fail("made anew")) == FOUND
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("failing", ["NamedTemporaryFile", "save_file"])
+def test_a_full_disk_is_no_error(tmp_path, monkeypatch, caplog, failing):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, failing, full)
+    assert cache.cached(tmp_path / "a.safetensors", lambda: FOUND) == FOUND
+    assert "No space left" in caplog.text
+    assert [entry.name for entry in tmp_path.iterdir() if entry.suffix != ".lock"] == []
+
+
+RACE = """
+import sys, time
+from pathlib import Path
+from finetune_cli.data import cache
+from finetune_cli.data.encode import Encoded
+from finetune_cli.types import Branch, Row
+
+def build():
+    with open(sys.argv[2], "a") as file:
+        file.write("built\\n")
+    time.sleep(0.3)
+    return Encoded([Row([], (Branch([1, 2], [False, True]),))], {"read": 1})
+
+print(len(cache.cached(Path(sys.argv[1]), build).rows))
+"""
+
+
+def test_of_two_processes_one_builds(tmp_path):
+    command = [sys.executable, "-c", RACE, str(tmp_path / "a.safetensors"), str(tmp_path / "built")]
+    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [racer.communicate(timeout=120)[0] for racer in racers] == ["1\n", "1\n"]
+    assert (tmp_path / "built").read_text() == "built\n"
 
 
 def test_an_error_while_building_leaves_nothing(tmp_path):

@@ -47,3 +47,21 @@ def test_knobs_reach_the_engine_by_name_of_what_they_do():
     assert Sft(packing=True).bin_tokens(100) == 100
     assert Sft().bin_tokens(100) is None
     assert Sft(neftune_noise_alpha=5.0).embedding_noise() == 5.0
+
+
+def test_rows_of_tokens_are_kept_under_the_knobs_that_encode_reads():
+    read = set()
+
+    class Watched(Sft):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    class Render:
+        def __getattr__(self, _):
+            return lambda *_, **__: iter(())
+
+    method = Watched()
+    for shape in Sft.shapes:
+        list(method.encode({"input_ids": [1]}, shape, Render()))
+    assert read & {*Sft.model_fields} == {*method.encoding()} == {"loss_on"}

@@ -1,0 +1,100 @@
+"""All rows of a recipe: which sets there are, and what of the recipe makes them be tokenised anew."""
+
+import json
+
+import pytest
+
+from finetune_cli.data import cache
+from finetune_cli.data.chat import Chat
+from finetune_cli.data.rows import load_rows
+from finetune_cli.errors import DataError, RecipeError
+from finetune_cli.recipe.load import load
+from tests.helpers import CHATML, questions, tiny_tokenizer, write_rows
+
+
+@pytest.fixture
+def rows_of(recipe_of, tmp_path, monkeypatch):
+    """Load the rows of a recipe changed by --set; how many sets had to be tokenised."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    calls = []
+    encode_set = cache.encode_set
+    monkeypatch.setattr(cache, "encode_set", lambda *args, **named: calls.append(1) or encode_set(*args, **named))
+
+    def rows(*changes, template=CHATML, **sections):
+        recipe = load(recipe_of(**sections), changes).recipe
+        before = len(calls)
+        found = load_rows(recipe, Chat.bind(tiny_tokenizer(template), template_mismatch=recipe.data.template_mismatch))
+        return found, len(calls) - before
+
+    return rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "learning_rate=1e-3", "num_train_epochs=7", "per_device_train_batch_size=1", "lora.r=2", "precision=bf16",
+        "sample_prompts=0", "output_dir=other", "data.shuffle=false", "method.packing=true", "logging_steps=7",
+    ],
+)  # fmt: skip
+def test_what_leaves_the_ids_as_they_are_hits_the_cache(rows_of, change):
+    first, made = rows_of()
+    assert made == 1
+    second, made = rows_of(change)
+    assert made == 0
+    assert second.train == first.train
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "seed=1", "max_length=60", "overlength=truncate", "max_dropped_fraction=0.5", "template_mismatch=render",
+        "method.loss_on=all", "data.train=[{path: train.jsonl, weight: 0.5}]",
+        "data.train=[{path: train.jsonl, roles: {assistant: [bot]}}]",
+    ],
+)  # fmt: skip
+def test_what_changes_ids_or_counts_misses_the_cache(rows_of, tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    rows_of()
+    assert rows_of(change)[1] == 1
+
+
+def test_another_template_or_another_row_misses_the_cache(rows_of):
+    first, _ = rows_of()
+    other, made = rows_of(template="!" + CHATML)
+    assert (made, other.train.rows != first.train.rows) == (1, True)
+    changed, made = rows_of(rows=questions(12, first=1))
+    assert (made, changed.train.rows != first.train.rows) == (1, True)
+    assert rows_of()[1] == 0
+
+
+def test_named_evaluation_sets(rows_of, tmp_path):
+    write_rows(tmp_path / "a.jsonl", questions(3, first=50))
+    write_rows(tmp_path / "b.jsonl", questions(2, first=60))
+    sets = {"near": {"path": str(tmp_path / "a.jsonl")}, "far": str(tmp_path / "b.jsonl")}
+    found, _ = rows_of(f"data.eval_sets={json.dumps(sets)}", "eval_split=0.25")
+    assert {name: len(encoded.rows) for name, (encoded, _) in found.evals.items()} == {"": 3, "near": 3, "far": 2}
+    assert [*found.summary()["sets"]] == ["train", "eval", "eval near", "eval far"]
+    assert len(found.train.rows) == 9
+    assert {prompt.answer.split(",")[0] for prompt in found.evals["far"][1]} == {"It is six and 60"}
+
+
+def test_an_evaluation_set_is_not_repeated(rows_of, tmp_path):
+    half = {"path": str(tmp_path / "train.jsonl"), "weight": 0.5}
+    found, _ = rows_of(data={"eval_sets": {"half": half}})
+    assert len(found.evals["half"][0].rows) == 6
+    with pytest.raises(RecipeError) as caught:
+        rows_of(data={"eval_sets": {"half": {**half, "weight": 2}}})
+    assert "eval_sets.half: weight above 1" in str(caught.value.problems[0])
+
+
+def test_two_unnamed_evaluation_sets(rows_of, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", questions(3))
+    with pytest.raises(DataError, match="both make the unnamed set"):
+        rows_of(f"data.eval_sets={path}", "eval_split=0.25")
+
+
+def test_weights_of_training_sets_and_evaluation_once(rows_of, tmp_path):
+    train = [{"path": str(tmp_path / "train.jsonl"), "weight": 3}]
+    found, _ = rows_of("eval_split=0.25", data={"train": train})
+    assert len(found.train.rows) == 27
+    assert len(found.evals[""][0].rows) == 3
