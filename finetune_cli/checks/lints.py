@@ -29,7 +29,6 @@ NOT_YET: dict[str, tuple[object, ...]] = {
     "launch.strategy": ("auto", "ddp"),
     "launch.num_machines": (1,),
     "health.on_nan": ("stop",),
-    "quantization": (None,),
 }
 """Keys of the contract that this version does not act on yet, and the values it can honour."""
 
@@ -83,6 +82,17 @@ def learning_rate(loaded: Loaded, facts: Facts) -> Iterator[Problem]:
 
 
 def adapters(loaded: Loaded, facts: Facts) -> Iterator[Problem]:
+    recipe = loaded.recipe
+    if recipe.quantization is not None and recipe.lora is None and facts.kind != "adapter":
+        yield loaded.problem(
+            "quantization",
+            "weights of 4 or 8 bits cannot be trained; add lora: for QLoRA, or remove this",
+            rule="FT104",
+        )
+    if recipe.quantization is not None and recipe.model.name_or_path.endswith(".gguf"):
+        yield loaded.problem(
+            "quantization", "a .gguf file is quantised already, and read to full width; remove this", rule="FT104"
+        )
     if facts.kind == "adapter" and loaded.recipe.lora is not None:
         yield loaded.problem(
             "lora", "model.name_or_path is an adapter, which goes on with its own settings; remove lora:", rule="FT103"

@@ -1,10 +1,10 @@
 """Adapters: attaching them, computing them at less cost, and counting what is trained."""
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from finetune_cli.errors import ModelError
@@ -36,7 +36,7 @@ def sizes(model: nn.Module) -> tuple[int, int]:
 
 
 class Adapted(torch.autograd.Function):
-    """x W^T + b + s (x A^T) B^T, with W and b frozen (LoRA, arXiv 2106.09685).
+    """x W^T + b + s (x A^T) B^T, with W and b of the base layer frozen (LoRA, arXiv 2106.09685).
 
     Six products and no element-wise pass: every sum happens inside a product, and what is kept is x, which layers of
     the same input share, and x A^T. Written as a chain of layers the adapter costs as many passes over the outputs,
@@ -44,51 +44,58 @@ class Adapted(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a_RI: Tensor, b_OR: Tensor, base: Any, scaling: float) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         with torch.autocast(x.device.type, enabled=False):
-            x_TI, weight_OI, a_RI, b_OR = (
-                x.to(dtype).reshape(-1, x.shape[-1]),
-                *(w.to(dtype) for w in (weight_OI, a_RI, b_OR)),
-            )
-            y_TO = F.linear(x_TI, weight_OI, None if bias_O is None else bias_O.to(dtype))
+            x_TI, a_RI, b_OR = x.to(dtype).reshape(-1, x.shape[-1]), a_RI.to(dtype), b_OR.to(dtype)
+            bias_O = None if base.bias is None else base.bias.to(dtype)
+            y_TO = F.linear(x_TI, frozen(base, dtype), bias_O)
             u_TR = x_TI @ a_RI.T
             torch.addmm(y_TO, u_TR, b_OR.T, alpha=scaling, out=y_TO)
-        ctx.save_for_backward(x_TI, weight_OI, a_RI, b_OR, u_TR)
-        ctx.scaling, ctx.shape = scaling, x.shape
+        ctx.save_for_backward(x_TI, a_RI, b_OR, u_TR)
+        ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
         return y_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, weight_OI, a_RI, b_OR, u_TR = ctx.saved_tensors
+        x_TI, a_RI, b_OR, u_TR = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):
             dy_TO = dy.reshape(-1, dy.shape[-1])
             du_TR = (dy_TO @ b_OR).mul_(ctx.scaling)
             dx_TI = None
             if ctx.needs_input_grad[0]:
-                dx_TI = dy_TO @ weight_OI
+                dx_TI = dy_TO @ frozen(ctx.base, dy.dtype)
                 torch.addmm(dx_TI, du_TR, a_RI, out=dx_TI)
             da_RI = du_TR.T @ x_TI
             db_OR = (u_TR.T @ dy_TO).mul_(ctx.scaling).T
-        return None if dx_TI is None else dx_TI.view(ctx.shape), None, None, da_RI, db_OR, None
+        return None if dx_TI is None else dx_TI.view(ctx.shape), da_RI, db_OR, None, None
 
 
-class FastLinear(LoraLinear):  # type: ignore[misc]
-    """peft's layer, computed by `Adapted` where that is the same thing; everywhere else as peft does."""
+def frozen(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The base layer's weight [O, I] as it is multiplied with, 4-bit weights written out for the time of a product."""
+    weight: Any = base.weight
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight = dequantize_4bit(weight.data, weight.quant_state)
+    wide: Tensor = weight.to(dtype)
+    return wide
+
+
+class Fast:
+    """A layer of peft's, computed by `Adapted` where that is the same thing; everywhere else as peft does."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self._plain(kwargs)
         if name is None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         made: Any = Adapted.apply
-        y: Tensor = made(x, base.weight, base.bias, a, b, self.scaling[name])
+        weights = self.lora_A[name].weight, self.lora_B[name].weight
+        y: Tensor = made(x, *weights, self.base_layer, self.scaling[name])
         return y
 
-    def _plain(self, kwargs: Any) -> str | None:
+    def _plain(self: Any, kwargs: Any) -> str | None:
         """The active adapter, where it is the only one, plain LoRA, not merged, and drops nothing out."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(active) != 1 or kwargs or active[0] in self.lora_variant:
@@ -98,9 +105,18 @@ class FastLinear(LoraLinear):  # type: ignore[misc]
         return active[0] if quiet and bias is None else None
 
 
+@cache
+def fast(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Fast{kind.__name__}", (Fast, kind), {"__module__": __name__})
+
+
 def hasten(model: nn.Module) -> None:
-    """Let every plain adapter on a frozen linear layer be computed by `Adapted`."""
+    """Let every plain adapter on a frozen linear layer, of full width or of 4 bits, be computed by `Adapted`."""
     for layer in model.modules():
-        base = layer.base_layer if type(layer) is LoraLinear else None
-        if type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters()):
-            layer.__class__ = FastLinear
+        base: Any = getattr(layer, "base_layer", None)
+        if (type(layer).__name__, type(base).__name__) not in (("Linear", "Linear"), ("Linear4bit", "Linear4bit")):
+            continue
+        if type(layer).__module__.startswith("peft.tuners.lora") and not any(
+            p.requires_grad for p in base.parameters()
+        ):
+            layer.__class__ = fast(type(layer))  # type: ignore[arg-type]

@@ -69,15 +69,30 @@ def load_stock(plan: Plan, location: Location, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     stock = "eager" if plan.resolved.attn_implementation == "eager" else "sdpa"
-    kwargs = {**location.kwargs, "dtype": dtype, "attn_implementation": stock}
+    kwargs = {**location.kwargs, "dtype": dtype, "attn_implementation": stock, **quantised(plan)}
     try:
         model = AutoModelForCausalLM.from_pretrained(location.name, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{location.name} cannot be loaded: {_first(error)}", HUB_HINT) from error
     if "gguf_file" in location.kwargs:
         forget_quantisation(model)
+    for layer in model.modules():  # bitsandbytes would repack the weights for a CPU's inference, in place, for good
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     return model
+
+
+def quantised(plan: Plan) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for frozen weights in 4 or 8 bits, each process on its own device."""
+    asked = plan.recipe.quantization
+    if asked is None:
+        return {}
+    from accelerate import PartialState
+    from transformers import BitsAndBytesConfig
+
+    told = {**asked.model_dump(), "bnb_4bit_compute_dtype": plan.resolved.bnb_4bit_compute_dtype}
+    return {"quantization_config": BitsAndBytesConfig(**told), "device_map": {"": PartialState().device}}
 
 
 def forget_quantisation(model: Any) -> None:

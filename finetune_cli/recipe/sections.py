@@ -293,9 +293,3 @@ class Recipe(Spec):
     health: Health = Health()
     ignore: Annotated[list[str], OneOrMany()] = []
     """Rule ids of warnings to accept, such as FT016."""
-
-    @model_validator(mode="after")
-    def _quantised_needs_adapter(self) -> Self:
-        if self.quantization is not None and self.lora is None:
-            raise ValueError("quantization: needs lora: (quantised weights cannot be trained); add `lora: {}`")
-        return self

@@ -67,7 +67,6 @@ def test_every_command_refuses_a_wrong_recipe_with_all_its_problems(command, rec
         ("learning_rate=5", ["train.learning_rate", "FT016", "2e-05 to 0.0005"]),
         ("optim=galore_adamw", ["train.optim", "FT102", "parameter groups"]),
         ("strategy=fsdp2", ["launch.strategy", "FT101"]),
-        ("quantization={load_in_4bit: true}", ["quantization", "FT101"]),
         ("output_dir=", ["output_dir"]),
         ("seed=-1", ["seed"]),
     ],
@@ -91,6 +90,13 @@ def test_an_adapter_on_an_adapter(command, recipe_of, tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "x/y"}')
     path = recipe_of(model={"name_or_path": str(tmp_path / "adapter")})
     fails(command("validate", path, "--fast"), 2, "FT103", "lora")
+
+
+def test_quantised_weights_need_an_adapter(command, recipe_of, tmp_path):
+    asked = ("--set", "quantization={load_in_4bit: true}")
+    assert command("validate", recipe_of(), "--fast", *asked)[0] == 0
+    fails(command("validate", recipe_of(lora=None), "--fast", *asked), 2, "FT104", "add `lora: {}`")
+    fails(command("validate", recipe_of(), "--fast", *asked, "--set", "name_or_path=x.gguf"), 2, "FT104", ".gguf")
 
 
 def test_own_options_are_checked(command, recipe_of):

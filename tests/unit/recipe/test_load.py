@@ -138,9 +138,6 @@ def test_validators_speak_at_their_section(says, good: str) -> None:
     assert says(good + "train: {global_batch_size: 2, gradient_accumulation_steps: 2}") == [
         "recipe.yaml:5:1  train  global_batch_size and gradient_accumulation_steps exclude each other; keep one"
     ]
-    assert says(good + "quantization: {load_in_4bit: true}") == [
-        "recipe.yaml:1:1  quantization: needs lora: (quantised weights cannot be trained); add `lora: {}`"
-    ]
 
 
 def test_text_and_schema_problems_together(says, good: str) -> None:
