@@ -92,6 +92,7 @@ def header(plan: Plan) -> Panel:
         "learning rate": f"{resolved.learning_rate:g}, {recipe.train.lr_scheduler_type}"
         f"{_why(plan, 'train.learning_rate')}",
         "attention": f"{resolved.attn_implementation}{_why(plan, 'model.attn_implementation')}",
+        **({"reference": resolved.reference.about} if resolved.reference else {}),
         "run folder": short(plan.output_dir),
     }
     for key, value in rows.items():

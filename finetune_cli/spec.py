@@ -36,6 +36,10 @@ class Spec(BaseModel):
         return {"anyOf": [{"const": short["const"], "description": block["description"]}, schema]}
 
 
+class InputPath:
+    """Marks a field that may hold a path: relative ones are looked up beside the file that names them."""
+
+
 class OneOrMany:
     """Marks a list field that also takes one bare value: `report_to: wandb` is `report_to: [wandb]`."""
 

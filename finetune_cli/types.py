@@ -4,6 +4,7 @@ Shape letters: B rows, T tokens of a batch, N supervised tokens of a batch, R br
 D hidden size. A name ends in its shape: `logps_N` has one number for each supervised token.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,6 +36,9 @@ class Row:
     part: int = 0
     truncated: bool = False
     extra: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that come with the row: a margin, log-probabilities under the reference."""
+    prefix_trained: bool = False
+    """The prefix is a target too (ORPO's likelihood is over prompt and answer)."""
 
     @property
     def length(self) -> int:
@@ -49,8 +53,16 @@ class Row:
     @property
     def targets(self) -> int:
         """Tokens the loss is taken on. The first token of all has no predictor and never counts."""
+        return self.named_targets.total()
+
+    @property
+    def named_targets(self) -> Counter[str]:
+        """The same by the name of the branch, and of a trained prefix under ""."""
         first = not self.prefix
-        return sum(sum(branch.trained[first:]) for branch in self.branches)
+        found = Counter({"": len(self.prefix) - 1} if self.prefix_trained and self.prefix else {})
+        for branch in self.branches:
+            found[branch.name] += sum(branch.trained[first:])
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +70,15 @@ class Counts:
     """What the sums of one optimiser step are divided by: over its whole accumulation window and all ranks."""
 
     rows: int
+    """Rows (pairs) that have something to learn."""
     tokens: int
+    named: Mapping[str, int] = field(default_factory=dict)
+    """Tokens by the name of the branch; those of prefixes under ""."""
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(self.rows + other.rows, self.tokens + other.tokens)
+        names = {**self.named, **other.named}
+        named = {name: self.named.get(name, 0) + other.named.get(name, 0) for name in names}
+        return Counts(self.rows + other.rows, self.tokens + other.tokens, named)
 
 
 @dataclass(slots=True)
@@ -71,11 +88,21 @@ class Scores:
     logps_N: "Tensor"
     """log p(label | what precedes it), float32."""
     owner_N: "Tensor"
-    """Which branch of the batch each belongs to, 0..R-1."""
+    """Which branch of the batch each belongs to, 0..R-1; trained prefixes come after the branches, R..R+B-1."""
     correct_N: "Tensor | None" = None
     """Whether the label was the most probable token; only on logging steps."""
     entropy_N: "Tensor | None" = None
     """Entropy of the prediction in nats; only on logging steps."""
+    log_agreement_N: "Tensor | None" = None
+    """log sum_v p_v^2: how likely two draws agree; only where the method weighs by it."""
+
+
+@dataclass(slots=True)
+class Rewards:
+    """What a reward model says about a batch."""
+
+    reward_RK: "Tensor"
+    """A score for each branch and attribute, float32."""
 
 
 @dataclass(slots=True)
@@ -101,8 +128,8 @@ class Layout(Protocol):
     def counts(self) -> Counts: ...
 
 
-Models = Callable[[str, Any], Scores]
-"""The roles of a run: `models("policy", batch)` scores a batch."""
+Models = Callable[[str, Any], Any]
+"""The roles of a run: `models("policy", batch)` gives the Scores of a batch, or its Rewards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +156,9 @@ class Render(Protocol):
 
     def text(self, row: Mapping[str, Any]) -> Iterator[Row]:
         """Rows of `{text}`: everything is trained, an end-of-sequence token included."""
+
+    def pair(self, row: Mapping[str, Any]) -> Row:
+        """A row of `{prompt, chosen, rejected}`: what both begin with once, then two branches. Trained: the answers."""
 
     def prompt(self, row: Mapping[str, Any], shape: str) -> Prompt | None:
         """The last question of a row and its answer; None where the row has none (text)."""

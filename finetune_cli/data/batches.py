@@ -2,6 +2,7 @@
 
 import random
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -63,6 +64,8 @@ class Batch:
     read_N: Tensor
     label_N: Tensor
     owner_N: Tensor
+    last_R: Tensor
+    """Where in the flattened tokens each branch ends, by its length; where a reward is read."""
     segments: Segments | None = None
     measure: bool = False
 
@@ -71,7 +74,7 @@ class Batch:
         return counts_of(self.rows)
 
     def to(self, device: torch.device) -> Self:
-        for name in ("ids_BT", "position_BT", "mask_BT", "read_N", "label_N", "owner_N"):
+        for name in ("ids_BT", "position_BT", "mask_BT", "read_N", "label_N", "owner_N", "last_R"):
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
         return self
 
@@ -94,7 +97,10 @@ class Batch:
 
 
 def counts_of(rows: Sequence[Row]) -> Counts:
-    return Counts(rows=len(rows), tokens=sum(row.targets for row in rows))
+    named = Counter[str]()
+    for row in rows:
+        named.update(row.named_targets)
+    return Counts(rows=sum(row.targets > 0 for row in rows), tokens=named.total(), named=dict(named))
 
 
 def tree(rows: Sequence[Row], *, backend: str = "sdpa") -> Batch:
@@ -103,14 +109,17 @@ def tree(rows: Sequence[Row], *, backend: str = "sdpa") -> Batch:
     positions: list[int] = []
     spans: list[Segment] = []
     targets: list[tuple[int, int, int]] = []  # (read, label, owner)
-    owner = 0
-    for row in rows:
+    lasts: list[int] = []
+    owner, every = 0, sum(len(row.branches) for row in rows)
+    for number, row in enumerate(rows):
         start, length = len(ids), len(row.prefix)
         alone = len(row.branches) == 1  # then prefix and branch are one segment: half the calls
         ids += row.prefix
         positions += range(length)
         if length and not alone:
             spans.append(Segment(start, start + length))
+        if row.prefix_trained:
+            targets += [(start + t - 1, row.prefix[t], every + number) for t in range(1, length)]
         for branch in row.branches:
             first = len(ids)
             ids += branch.ids
@@ -123,6 +132,7 @@ def tree(rows: Sequence[Row], *, backend: str = "sdpa") -> Batch:
             targets += [
                 (before[t], branch.ids[t], owner) for t, trained in enumerate(branch.trained) if trained and length + t
             ]
+            lasts.append(len(ids) - 1 if branch.ids else start + length - 1)
             owner += 1
     return Batch(
         list(rows),
@@ -130,13 +140,16 @@ def tree(rows: Sequence[Row], *, backend: str = "sdpa") -> Batch:
         torch.tensor([positions]),
         torch.ones(1, 0, dtype=torch.bool),
         *columns(targets),
+        last_R=torch.tensor(lasts),
         segments=Segments(spans, backend),
     )
 
 
 def columns(targets: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """(read, label, owner) triples as three tensors [N]."""
-    read_N, label_N, owner_N = torch.tensor(targets, dtype=torch.long).reshape(-1, 3).unbind(1)
+    """(read, label, owner) triples as three tensors [N], in order of owner."""
+    read_N, label_N, owner_N = (
+        torch.tensor(sorted(targets, key=lambda target: target[2]), dtype=torch.long).reshape(-1, 3).unbind(1)
+    )
     return read_N, label_N, owner_N
 
 
@@ -146,14 +159,21 @@ def padded(rows: Sequence[Row], pad_id: int) -> Batch:
     width = max(len(ids) for ids, _, _ in sequences)
     ids_BT = torch.full((len(sequences), width), pad_id, dtype=torch.long)
     mask_BT = torch.zeros((len(sequences), width), dtype=torch.long)
-    targets: list[tuple[int, int, int]] = []
+    first_of = [0, *accumulate(len(row.branches) for row in rows)]
+    targets = [
+        (first_of[number] * width + t - 1, row.prefix[t], len(sequences) + number)
+        for number, row in enumerate(rows)
+        if row.prefix_trained
+        for t in range(1, len(row.prefix))
+    ]
     for b, (ids, start, branch) in enumerate(sequences):
         ids_BT[b, : len(ids)] = torch.tensor(ids)
         mask_BT[b, : len(ids)] = 1
         own = [start + t for t, trained in enumerate(branch.trained) if trained and start + t > 0]
         targets += [(b * width + t - 1, ids[t], b) for t in own]
     positions = torch.arange(width).expand(len(sequences), width)
-    return Batch(list(rows), ids_BT, positions, mask_BT, *columns(targets))
+    lasts = torch.tensor([b * width + len(ids) - 1 for b, (ids, _, _) in enumerate(sequences)])
+    return Batch(list(rows), ids_BT, positions, mask_BT, *columns(targets), last_R=lasts)
 
 
 def pack(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]:
@@ -178,7 +198,8 @@ def pack(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]
 
 def silent(row: Row) -> Row:
     """The same row with nothing to learn: what a process computes when a step has no row left for it."""
-    return replace(row, branches=tuple(replace(b, trained=[False] * len(b.ids)) for b in row.branches))
+    branches = tuple(replace(b, trained=[False] * len(b.ids)) for b in row.branches)
+    return replace(row, branches=branches, prefix_trained=False)
 
 
 @dataclass(frozen=True)

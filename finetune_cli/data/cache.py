@@ -143,12 +143,12 @@ def flat(rows: Sequence[Row]) -> tuple[Arrays, list[str], list[str]]:
     masks = [mask for row in rows for mask in ([False] * len(row.prefix), *(b.trained for b in row.branches))]
     names = sorted({branch.name for row in rows for branch in row.branches})
     extras = sorted({name for row in rows for name in row.extra})
-    numbers = [[row.source, row.part, row.truncated, len(row.branches)] for row in rows]
+    numbers = [[row.source, row.part, row.truncated, row.prefix_trained, len(row.branches)] for row in rows]
     arrays = {
         "ids": np.array([i for ids in segments for i in ids], dtype=np.int32),
         "trained": np.array([t for mask in masks for t in mask], dtype=np.bool_),
         "offsets": np.array([0, *accumulate(map(len, segments))], dtype=np.int64),
-        "rows": np.array(numbers, dtype=np.int64).reshape(-1, 4),
+        "rows": np.array(numbers, dtype=np.int64).reshape(-1, 5),
         "branches": np.array([names.index(b.name) for row in rows for b in row.branches], dtype=np.int32),
         "extra": np.array([[row.extra.get(name, np.nan) for name in extras] for row in rows], dtype=np.float64),
     }
@@ -160,9 +160,10 @@ def rows_of(arrays: Arrays, names: list[str], extras: list[str]) -> list[Row]:
     segments = iter([(ids[a:b], trained[a:b]) for a, b in pairwise(arrays["offsets"].tolist())])
     branch_names = iter(arrays["branches"].tolist())
     rows = []
-    for (source, part, cut, count), values in zip(arrays["rows"].tolist(), arrays["extra"].tolist(), strict=True):
+    extra_of = arrays["extra"].tolist()
+    for (source, part, cut, all_of_it, count), values in zip(arrays["rows"].tolist(), extra_of, strict=True):
         prefix, _ = next(segments)
         branches = tuple(Branch(*next(segments), name=names[next(branch_names)]) for _ in range(count))
         extra = {name: value for name, value in zip(extras, values, strict=True) if value == value}
-        rows.append(Row(prefix, branches, source, part, bool(cut), extra))
+        rows.append(Row(prefix, branches, source, part, bool(cut), extra, bool(all_of_it)))
     return rows

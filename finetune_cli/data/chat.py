@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from finetune_cli.data import pairs
 from finetune_cli.data.forms import Message, text_of
 from finetune_cli.data.spans import Mode, Script, Style, Turn, in_some_form
 from finetune_cli.data.tokens import Encoder, Tokens
@@ -70,8 +71,13 @@ class Chat:
     def text(self, row: Mapping[str, Any]) -> Iterator[Row]:
         return iter([self.row(self.encoder.closed(row["text"], 0))])
 
+    def pair(self, row: Mapping[str, Any]) -> Row:
+        return pairs.encode(self, row)
+
     def prompt(self, row: Mapping[str, Any], shape: str) -> Prompt | None:
         """The generation prompt of the last assistant turn and that turn's answer; None where there is no turn."""
+        if shape == "pairs":
+            return None if "ids" in row else self.prompt({**row, "completion": row["chosen"]}, "completion")
         if shape == "completion" and isinstance(row["prompt"], str):
             return Prompt([*self.encoder.lead, *self.encoder.one(row["prompt"])], row["prompt"], row["completion"])
         messages = row["messages"] if shape == "messages" else [*row.get("prompt", ()), *row.get("completion", ())]

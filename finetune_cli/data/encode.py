@@ -96,7 +96,7 @@ def known(rows: Sequence[Row], raw: Raw, size: int) -> None:
 
 def fit(row: Row, max_length: int, overlength: Literal["drop", "truncate", "error"]) -> tuple[Row, str | None]:
     """The row as it is trained, and the cause where it is dropped."""
-    if not row.targets:
+    if not all(any(branch.trained[not row.prefix :]) for branch in row.branches):
         return row, "no_targets"
     if row.longest <= max_length:
         return row, None

@@ -78,7 +78,10 @@ def canonical(recipe: Recipe, sources: Sequence[Source], chat: Chat, wanted: set
 
 def question(row: Mapping[str, Any]) -> str:
     """The message before the last answer, as a person reads it."""
-    messages = row.get("messages") or [*_messages(row.get("prompt")), *_messages(row.get("completion"))]
+    messages = row.get("messages") or [
+        *_messages(row.get("prompt")),
+        *_messages(row.get("completion") or row.get("chosen")),
+    ]
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
     return text_of(messages[last - 1].get("content")) if last else ""
 

@@ -1,7 +1,7 @@
 """Rows of a data source: read from where they are, their shape found from the columns, written in one canonical form.
 
 The shapes: messages {messages, tools?, chat_template_kwargs?}, completion {prompt, completion} (two strings or two
-lists of messages), text {text}, tokens {input_ids, trained?}, pairs (prompt?, chosen, rejected) and prompt {prompt}
+lists of messages), text {text}, tokens {input_ids, trained?}, pairs {prompt, chosen, rejected} and prompt {prompt}
 (text or messages). Every error names the file and the row.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+from finetune_cli.data import pairs
 from finetune_cli.data.cells import ROLES, Cells, Raw
 from finetune_cli.data.readers import described, read, shown, together
 from finetune_cli.errors import DataError
@@ -50,9 +51,12 @@ class Table:
 
 
 CHAT = ("system", "tools", "chat_template_kwargs")
+PROMPTS = ("prompt", "messages", "conversations", "instruction", "input")
+LABELS = ("labels_chosen", "labels_rejected")
 SHAPES = (
     Shape("tokens", ("input_ids",), ("labels", "attention_mask"), Cells.tokens),
-    Shape("pairs", ("chosen", "rejected"), ("prompt", "messages", "conversations", "margin", *CHAT), Cells.as_is),
+    Shape("pairs", ("chosen", "rejected"), (*PROMPTS, "margin", "label", *CHAT), pairs.canonical),
+    Shape("pairs", ("input_ids_chosen", "input_ids_rejected"), ("margin", "label", *LABELS), pairs.canonical),
     Shape("messages", ("messages",), CHAT, lambda c: c.conversation("messages")),
     Shape("messages", ("conversations",), CHAT, lambda c: c.conversation("conversations")),
     Shape("completion", ("prompt", "completion"), CHAT[1:], Cells.completion),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune_cli.data.batches import silent
+from finetune_cli.data.batches import Batch, counts_of, silent
 from finetune_cli.engine import metrics
 from finetune_cli.engine.generate import answers
 from finetune_cli.engine.signals import Interrupted
@@ -45,14 +45,18 @@ def loss_of(job: "Job", eval_set: "EvalSet") -> dict[str, float]:
     """Sums over the whole set, divided once: the same number for every batch size and number of processes."""
     from finetune_cli.engine.loop import Sums
 
-    sums, role = Sums(), job.accelerator.unwrap_model(job.policy)
+    sums, role, counts = Sums(), job.accelerator.unwrap_model(job.policy), counts_of(eval_set.rows)
     role.eval()
+
+    def ask(name: str, batch: Batch) -> Any:
+        return role(batch) if name == "policy" else job.models(name, batch)
+
     with torch.no_grad():
         for rows in chunks(eval_set.rows, job.plan.resolved.per_device_eval_batch_size, job.rank, job.world):
             if job.stop.wanted:
                 break
             batch = job.batch(rows, measure=True)
-            sums.add(job.method.loss(batch, lambda _, batch: role(batch), batch.counts).metrics)
+            sums.add(job.method.loss(batch, ask, counts).metrics)
     unless_stopping(job)
     means = sums.means(job)
     return {f"{eval_set.prefix}{name}": value for name, value in means.items()}

@@ -65,6 +65,7 @@ def make_report(job: Job, progress: Progress, step: int) -> dict[str, Any]:
         "versions": plan.versions,
         "device": str(job.device),
         "weights": dict(zip(("trained", "total"), sizes(job.policy), strict=True)),
+        "reference": job.reference_report,
         "layout": {"padded": job.padded_because is not None, "because": job.padded_because},
         "fingerprint": plan.fingerprint,
         "data_fingerprint": job.data_fingerprint,

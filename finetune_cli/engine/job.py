@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from finetune_cli.engine import checkpoint, manifest
 from finetune_cli.engine.events import Sink
 from finetune_cli.engine.manifest import PREFIX
 from finetune_cli.engine.metrics import Metric
+from finetune_cli.engine.reference import Reference
 from finetune_cli.engine.signals import Stop
 from finetune_cli.methods import Method
 from finetune_cli.plan.resolve import Plan
 from finetune_cli.recipe.sections import Recipe
-from finetune_cli.types import Prompt, Row, Scores
+from finetune_cli.types import Prompt, Row
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class Job:
     padded_because: str | None = None
     """Why rows are padded; None where they lie end to end."""
     trained: list[nn.Parameter] = field(default_factory=list)
+    reference: Reference | None = None
+    """The frozen model that the method asks while it trains; None where there is none, or its answers are known."""
+    reference_report: dict[str, Any] | None = None
     peaks: list[float] = field(default_factory=list)
     """Peak memory of every process, GiB; filled in at the end."""
     stop: Stop = field(default_factory=Stop)
@@ -101,19 +105,26 @@ class Job:
         """The bare model with its adapters, for generation."""
         return self.accelerator.unwrap_model(self.policy).model
 
-    def batch(self, rows: list[Row], *, measure: bool) -> Batch:
-        """Rows as tensors on the device, in the layout that the model takes."""
-        if self.padded_because is None:
-            made = tree(rows, backend=self.plan.resolved.attn_implementation)
-        else:
+    def batch(self, rows: list[Row], *, measure: bool, as_padded: bool | None = None) -> Batch:
+        """Rows as tensors on the device, in the layout that the policy takes, or as said."""
+        if self.padded_because is not None if as_padded is None else as_padded:
             made = padded(rows, self.pad_id)
+        else:
+            made = tree(rows, backend=self.plan.resolved.attn_implementation)
         made.measure = measure
         return made.to(self.device)
 
-    def models(self, role: str, batch: Batch) -> Scores:
-        assert role == "policy"
-        scores: Scores = self.policy(batch)
-        return scores
+    def models(self, role: str, batch: Batch) -> Any:
+        """What a role says about a batch."""
+        if role == "policy":
+            return self.policy(batch)
+        assert self.reference is not None, role
+        return self.reference.scores(batch)
+
+    def own_batches(self) -> Iterator[list[Row]]:
+        """The rows of this process's forwards, in the first epoch or as far as the run goes."""
+        for step in range(min(self.schedule.steps_per_epoch, self.total_steps)):
+            yield from filter(None, map(self.rows_of, self.schedule.window(step, rank=self.rank, world=self.world)))
 
     def emit(self, event: dict[str, Any]) -> None:
         """Only the first process speaks."""
@@ -171,6 +182,8 @@ class Job:
             training |= {f"rng_{rank}": rng for rank, rng in enumerate(rngs)}
             scaler = self.accelerator.scaler
             training |= {"scaler": scaler.state_dict()} if scaler is not None else {}
+            if self.reference is not None and self.reference.sync_steps is not None:
+                training |= {"reference": self.reference.copies}
             state = {"global_step": progress.step, "max_steps": self.total_steps, "progress": progress.to_json(pending)}
             said = self.event("checkpoint", progress.step, path=folder.name)
             checkpoint.write(

@@ -171,6 +171,8 @@ def forward(job: Job, progress: Progress) -> None:
     progress.clock.seconds += seconds
     progress.clock.tokens += tokens
     advance(progress, counts, tokens, seconds)
+    if job.reference is not None:
+        job.reference.after(progress.step)
     watch(job, progress, norm)
     if logged:
         log(job, progress, grad_norm=norm, learning_rate=learning_rate)

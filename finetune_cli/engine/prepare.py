@@ -13,7 +13,7 @@ import torch
 from finetune_cli.data.batches import Schedule, pack
 from finetune_cli.data.chat import Chat
 from finetune_cli.data.rows import RowSets
-from finetune_cli.engine import checkpoint, layout, manifest, metrics, models, optim
+from finetune_cli.engine import checkpoint, layout, manifest, metrics, models, optim, reference
 from finetune_cli.engine.events import Sink
 from finetune_cli.engine.job import EvalSet, Job
 from finetune_cli.engine.loop import Progress, total_steps
@@ -24,7 +24,7 @@ from finetune_cli.errors import ModelError, RecipeError
 from finetune_cli.log import LOGGER
 from finetune_cli.plan.changes import BEST, Change, compare
 from finetune_cli.plan.facts import Facts
-from finetune_cli.plan.resolve import Plan
+from finetune_cli.plan.resolve import Plan, start_of
 from finetune_cli.recipe.sections import Recipe
 from finetune_cli.types import Row
 
@@ -46,6 +46,9 @@ def bind(recipe: Recipe, facts: Facts) -> Words:
     tokenizer = models.load_tokenizer(recipe.model, location)
     stops = models.declared_stops(location, tokenizer)
     chat = Chat.bind(tokenizer, stop_ids=stops, template_mismatch=recipe.data.template_mismatch)
+    wanted = recipe.method.reference(start_of(recipe, facts))
+    if wanted is not None and wanted.model is not None:
+        reference.check_vocabulary(wanted.model, tokenizer)
     return Words(location, tokenizer, stops, chat)
 
 
@@ -85,7 +88,7 @@ def build(
     torch.manual_seed(recipe.seed)
     model = models.load_policy(plan, location)
     check_vocabulary(model, words.tokenizer)
-    role = Role(model, noise_alpha=recipe.method.embedding_noise())
+    role = Role(model, noise_alpha=recipe.method.embedding_noise(), agreement=recipe.method.token_agreement())
     padded_because = layout.choose(role.stock, recipe.model)
     trained, every = sizes(role)
     optimizer = optim.build(role, recipe.train, plan.resolved.learning_rate)
@@ -124,6 +127,7 @@ def build(
         stop=stop or Stop(),
         data_fingerprint=checkpoint.rows_sha256(rows.rows),
     )
+    reference.attach(job, words.location, resumed=resume is not None)
     seed_everything(recipe.seed, job.rank)
     job.emit({"event": "start", "total": total, "trained": trained, "weights": every, "device": str(acc.device)})
     job.emit({"event": "layout", "padded_because": padded_because, **fill_of(units, recipe)})
@@ -172,12 +176,14 @@ def compare_rows(rows: list[Row], folder: Path, *, anyway: bool) -> None:
 def restore(job: Job, folder: Path) -> Progress:
     """Optimiser, schedule, generators and place of a checkpoint; what of it the recipe has changed is the recipe's."""
     own = f"rng_{job.rank}"
-    training = checkpoint.load_training(folder, ["optimizer", "scheduler", own, "scaler"])
+    training = checkpoint.load_training(folder, ["optimizer", "scheduler", own, "scaler", "reference"])
     state, about = checkpoint.state(folder), manifest.read(folder)
     changed = [c for c in compare(about["recipe"], job.plan.effective) if c.kind in ("length", "training")]
     seat(job, training, changed, stretched=state["max_steps"] != job.total_steps)
     if "scaler" in training and job.accelerator.scaler is not None:
         job.accelerator.scaler.load_state_dict(training["scaler"])
+    if job.reference is not None and "reference" in training:
+        job.reference.copies[:] = [copy.to(job.device) for copy in training["reference"]]
     if own in training and about["world_size"] == job.world:
         checkpoint.set_rng_state(training[own])
     progress = Progress.from_json(state["progress"], rank=job.rank)

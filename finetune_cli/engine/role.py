@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from finetune_cli.data.batches import Batch
-from finetune_cli.engine.score import find_head, score, trunk_of
+from finetune_cli.engine.score import find_head, log_agreement, score, trunk_of
 from finetune_cli.types import Scores
 
 
 class Role(nn.Module):
     """A language model as a method sees it: it takes a batch and gives log-probabilities."""
 
-    def __init__(self, model: nn.Module, *, noise_alpha: float | None = None) -> None:
+    def __init__(self, model: nn.Module, *, noise_alpha: float | None = None, agreement: bool = False) -> None:
         super().__init__()
         self.model = model
         self.noise_alpha = noise_alpha
+        self.agreement = agreement
         self._head = find_head(self.stock)
 
     @property
@@ -42,4 +43,5 @@ class Role(nn.Module):
         out = trunk_of(self.stock)(**inputs)
         h_ND = out.last_hidden_state.flatten(0, 1)[batch.read_N]
         logps_N, correct_N, entropy_N = score(self._head, h_ND, batch.label_N, measure=batch.measure)
-        return Scores(logps_N, batch.owner_N, correct_N, entropy_N)
+        agreement_N = log_agreement(self._head, h_ND) if self.agreement else None
+        return Scores(logps_N, batch.owner_N, correct_N, entropy_N, agreement_N)

@@ -92,12 +92,16 @@ CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**26}
 hundred rows before the head's weight is read less often than it is multiplied with."""
 
 
+def chunk_rows(head: Head, h_ND: Tensor) -> int:
+    return max(16, CHUNK_LOGITS["cpu" if h_ND.device.type == "cpu" else "cuda"] // head.vocabulary)
+
+
 def score(head: Head, h_ND: Tensor, label_N: Tensor, *, measure: bool) -> Scored:
     """Scores chunk by chunk, so that no [N, V] tensor outlives its chunk.
 
     A frozen plain head has its gradient made in the same pass; any other is recomputed in backward.
     """
-    chunk = max(16, CHUNK_LOGITS["cpu" if h_ND.device.type == "cpu" else "cuda"] // head.vocabulary)
+    chunk = chunk_rows(head, h_ND)
     weight = head.frozen_weight
     if weight is not None:
         made: Any = FrozenHead.apply
@@ -129,6 +133,14 @@ def plain(head: Head, h_ND: Tensor, label_N: Tensor, measure: bool) -> Scored:
         correct_N = (logits_NV.argmax(-1) == label_N).float()
         entropy_N = lse_N - (torch.exp(logits_NV - lse_N[:, None]) * logits_NV).sum(-1)
     return logps_N, correct_N, entropy_N
+
+
+@torch.no_grad()
+def log_agreement(head: Head, h_ND: Tensor) -> Tensor:
+    """log sum_v p_v^2 at each position, chunk by chunk. [N], float32"""
+    pieces = torch.split(h_ND, chunk_rows(head, h_ND))
+    logits = (head.logits(h) for h in pieces)
+    return torch.cat([torch.logsumexp(2 * z, -1) - 2 * torch.logsumexp(z, -1) for z in logits])
 
 
 @dataclass(frozen=True)

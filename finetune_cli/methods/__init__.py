@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import Field
 
 from finetune_cli.methods.base import Method
+from finetune_cli.methods.dpo import Dpo
 from finetune_cli.methods.sft import Sft
 
-OURS: tuple[type[Method], ...] = (Sft,)
+OURS: tuple[type[Method], ...] = (Sft, Dpo)
 
 
 def registry() -> dict[str, type[Method]]:

@@ -3,10 +3,10 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from finetune_cli.spec import Spec
-from finetune_cli.types import Counts, Layout, Loss, Models, Render, Row
+from finetune_cli.types import Counts, Layout, Loss, Models, Render, Row, Scores
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,46 @@ class LearningRates:
     default: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from, as far as a reference depends on it."""
+
+    trains: Literal["fresh adapter", "adapter", "all weights"]
+    """What is trained: a new adapter, one that `model.name_or_path` brings, or the model itself."""
+    neutral: bool
+    """A fresh adapter that changes nothing before it is trained."""
+    base: str | None
+    """The model that the policy is with its adapter off; None in full fine-tuning."""
+    passes: float | None
+    """How often each row is seen; None where the run counts steps."""
+
+
+class Reference(Spec):
+    """The frozen model that a policy is compared with, and how its log-probabilities are come by."""
+
+    kind: Literal["adapter off", "start", "model"]
+    """The policy's own weights without the adapter; a frozen copy of what the policy starts as; another model."""
+    model: str | None = None
+    """Path or hub id of another model."""
+    precompute: bool
+    """Its log-probabilities are computed before training (or found on disk), and no second model is held."""
+    because: str
+    """Why they are, or are not."""
+    starts_equal: bool
+    """The policy is this model before its first step: every margin is exactly 0 there, or the run stops."""
+    sync_steps: int | None = None
+    """Optimiser steps between moves towards the policy; None for a reference that stays."""
+    sync_alpha: float = 1.0
+    """Share of the policy in a move."""
+
+    @property
+    def about(self) -> str:
+        """In words, for the header and the report."""
+        who = {"adapter off": "the model with the adapter off", "start": "a frozen copy of the policy at its start"}
+        how = "log-probabilities computed before training" if self.precompute else "computed inside each step"
+        return f"{who.get(self.kind, self.model)}; {how} ({self.because})"
 
 
 class Method(Spec):
@@ -30,6 +70,8 @@ class Method(Spec):
     shapes: ClassVar[tuple[str, ...]] = ()
     """The shapes of rows it takes, as `data/sources.py` names them: messages, completion, text, ..."""
     roles: ClassVar[tuple[str, ...]] = ("policy",)
+    remembers: ClassVar[tuple[str, ...]] = ()
+    """Names in `Row.extra` of what is kept of the reference."""
     lora_rates: ClassVar[LearningRates]
     full_rates: ClassVar[LearningRates]
 
@@ -52,6 +94,26 @@ class Method(Spec):
     def encoding(self) -> dict[str, Any]:
         """The knobs that `encode` reads, under which its rows are kept on disk. All, where a method says nothing."""
         return self.model_dump(mode="json")
+
+    def labels(self) -> int | None:
+        """Scores that a sequence-classification head gives; None for a language model."""
+        return None
+
+    def token_agreement(self) -> bool:
+        """Whether `Scores.log_agreement_N` is wanted."""
+        return False
+
+    def reference(self, start: Start) -> Reference | None:  # noqa: ARG002
+        """The frozen model it compares with; None for methods without one."""
+        return None
+
+    def remembered(self, batch: Layout, scores: Scores) -> list[list[float]]:
+        """What each row keeps of the reference's scores, under the names of `remembers`: all that `loss` will ask."""
+        raise NotImplementedError(f"{self.name} has no reference to remember")
+
+    def reference_settings(self) -> dict[str, float | None]:
+        """The method's own settings that `remembered` depends on."""
+        return {}
 
     @abstractmethod
     def encode(self, row: Mapping[str, Any], shape: str, render: Render) -> Iterator[Row]:

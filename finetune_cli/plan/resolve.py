@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune_cli import __version__
+from finetune_cli.methods.base import Reference, Start
 from finetune_cli.plan.changes import effective, fingerprint, leaves
 from finetune_cli.plan.facts import Facts
 from finetune_cli.plan.machine import Machine
@@ -34,6 +35,8 @@ class Resolved(Spec):
     global_batch_size: int
     per_device_eval_batch_size: int
     load_best_model_at_end: bool
+    reference: Reference | None = None
+    """The frozen model that the policy is compared with; None for methods without one."""
 
 
 class Plan(Spec):
@@ -146,8 +149,24 @@ def _autos(recipe: Recipe, machine: Machine, facts: Facts, world: int | None) ->
             evaluated and recipe.eval.eval_strategy != "no",
             "there are rows to evaluate on" if evaluated else "there are no rows to evaluate on",
         ),
+        "reference": recipe.method.reference(start_of(recipe, facts)),
     }
     return values, reasons
+
+
+NEUTRAL = (True, "gaussian")
+"""Values of `lora.init_lora_weights` under which a fresh adapter changes nothing: B is zero, the weights stay."""
+
+
+def start_of(recipe: Recipe, facts: Facts) -> Start:
+    """What the policy is before its first step."""
+    lora, train = recipe.lora, recipe.train
+    neutral = lora is not None and lora.init_lora_weights in NEUTRAL and not lora.use_dora
+    passes = train.num_train_epochs if train.max_steps is None else None
+    if facts.kind == "adapter":
+        return Start(trains="adapter", neutral=False, base=facts.base, passes=passes)
+    base = recipe.model.name_or_path if neutral else None
+    return Start(trains="fresh adapter" if lora else "all weights", neutral=neutral, base=base, passes=passes)
 
 
 def _precision(machine: Machine) -> tuple[str, str]:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from finetune_cli.recipe.sections import InputPath
 from finetune_cli.recipe.shape import Slot
 from finetune_cli.recipe.yaml import Node
-from finetune_cli.spec import OneOrMany, OneOrNamed
+from finetune_cli.spec import InputPath, OneOrMany, OneOrNamed
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".jinja", ".gguf", ".txt", ".arrow", ".py")
 FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<function>[^:/\\]+)")

@@ -5,16 +5,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from finetune_cli.methods import AnyMethod
-from finetune_cli.spec import OneOrMany, OneOrNamed, Spec
+from finetune_cli.spec import InputPath, OneOrMany, OneOrNamed, Spec
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Steps = Annotated[float, Field(gt=0)]
 """A number of optimiser steps; below 1 it is a share of the run."""
-
-
-class InputPath:
-    """Marks a field that may hold a path: relative ones are looked up beside the file that names them."""
 
 
 Path = Annotated[str, InputPath()]

@@ -34,7 +34,7 @@ def test_padded_repeats_the_prefix():
 
 def test_counts_leave_out_the_first_token():
     assert ALONE.targets == 1
-    assert tree([PAIR, ALONE]).counts == Counts(rows=2, tokens=4)
+    assert tree([PAIR, ALONE]).counts == Counts(rows=2, tokens=4, named={"completion": 4})
     assert silent(PAIR).targets == 0
     assert tree([silent(ALONE)]).read_N.shape == (0,)
 

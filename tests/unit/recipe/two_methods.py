@@ -4,8 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune_cli.recipe.sections import InputPath, Recipe
-from finetune_cli.spec import OneOrMany, Spec
+from finetune_cli.recipe.sections import Recipe
+from finetune_cli.spec import InputPath, OneOrMany, Spec
 
 GOOD = "method: sft\nmodel: org/m\ndata: train.jsonl\noutput_dir: runs/x\n"
 
