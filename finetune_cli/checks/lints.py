@@ -86,7 +86,7 @@ def adapters(loaded: Loaded, facts: Facts) -> Iterator[Problem]:
     if recipe.quantization is not None and recipe.lora is None and facts.kind != "adapter":
         yield loaded.problem(
             "quantization",
-            "weights of 4 or 8 bits cannot be trained; add lora: for QLoRA, or remove this",
+            "needs lora: (quantised weights cannot be trained); add `lora: {}`",
             rule="FT104",
         )
     if recipe.quantization is not None and recipe.model.name_or_path.endswith(".gguf"):
