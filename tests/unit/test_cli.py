@@ -96,7 +96,9 @@ def test_quantised_weights_need_an_adapter(command, recipe_of, tmp_path):
     asked = ("--set", "quantization={load_in_4bit: true}")
     assert command("validate", recipe_of(), "--fast", *asked)[0] == 0
     fails(command("validate", recipe_of(lora=None), "--fast", *asked), 2, "FT104", "add `lora: {}`")
-    fails(command("validate", recipe_of(), "--fast", *asked, "--set", "name_or_path=x.gguf"), 2, "FT104", ".gguf")
+    (tmp_path / "x.gguf").touch()
+    whole = ("--set", f"name_or_path={tmp_path / 'x.gguf'}")
+    fails(command("validate", recipe_of(), "--fast", *asked, *whole), 2, "FT104", ".gguf")
 
 
 def test_own_options_are_checked(command, recipe_of):
