@@ -128,6 +128,7 @@ class Screen:
         self.started = time.perf_counter()
         self.samples: list[dict[str, Any]] = []
         self.before: dict[int, str] = {}
+        self.told: set[str] = set()
 
     def __call__(self, event: dict[str, Any]) -> None:
         handler = getattr(self, f"on_{event['event']}", None)
@@ -187,7 +188,10 @@ class Screen:
         self.samples = []
 
     def on_health(self, event: dict[str, Any]) -> None:
-        self.console.print(f"[yellow]health[/] {event['step']:>4}  {escape(event['message'])}")
+        """Each rule's first sign; how often it was seen is told at the end."""
+        if event["rule"] not in self.told:
+            self.told.add(event["rule"])
+            self.console.print(f"[yellow]health[/] {event['step']:>4}  {escape(event['message'])}")
 
     def on_interrupted(self, event: dict[str, Any]) -> None:
         self.stop()
@@ -247,7 +251,9 @@ def closing(plan: Plan, report: Mapping[str, Any]) -> Group:
         if name.startswith("eval_") or name == "loss":
             table.add_row(name, f"{value:.4g}", f"{report['last'][name]:.4g}")
     run = short(str(plan.run))
+    signs = ", ".join(f"{rule} {count}x" for rule, count in report["health"].items())
     lines = [
+        *([f"health: {signs}"] if signs else []),
         f"{report['steps']} steps in {report['seconds']:.0f} s of training, "
         f"{report['tokens_per_second'] or 0:,.0f} tokens/s, peak memory {report['peak_memory_gib']:.1f} GiB",
         f"the result is {report['result']['checkpoint']} ({report['result']['is']}), in {run}",

@@ -28,7 +28,6 @@ NOT_YET: dict[str, tuple[object, ...]] = {
     "save.push_to_hub": (False,),
     "launch.strategy": ("auto", "ddp"),
     "launch.num_machines": (1,),
-    "health.on_nan": ("stop",),
 }
 """Keys of the contract that this version does not act on yet, and the values it can honour."""
 

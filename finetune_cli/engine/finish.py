@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from finetune_cli.engine.health import counted
 from finetune_cli.engine.job import Job
 from finetune_cli.engine.loop import Progress
 from finetune_cli.engine.lora import sizes
@@ -19,7 +20,7 @@ def finish(job: Job, progress: Progress, lines: list[dict[str, Any]]) -> dict[st
     for path in sorted((run / f"{PREFIX}{step}").iterdir()):
         if path.name not in NOT_THE_RESULT and not path.name.startswith("rng_"):
             copy(path, run / path.name)
-    report = make_report(job, progress, step)
+    report = make_report(job, progress, step) | {"health": counted(lines)}
     state = {"global_step": progress.step, "epoch": progress.step / job.schedule.steps_per_epoch, "log_history": lines}
     write_json(run / "trainer_state.json", state)
     write_text(run / "README.md", card(job, report))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -159,6 +160,12 @@ class Job:
             return torch.cuda.max_memory_allocated() / 2**30
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+    def memory_now_gib(self) -> float:
+        """In use at this moment; of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated() / 2**30
+        return float(psutil.Process().memory_info().rss / 2**30)
 
     def merit(self, numbers: Mapping[str, float]) -> float | None:
         """What the best checkpoint is chosen by, higher is better: the metric where there is one, else minus the

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from finetune_cli.data.batches import Batch, counts_of, silent
+from finetune_cli.engine import watch
 from finetune_cli.engine.evaluate import evaluate
+from finetune_cli.engine.health import Health
 from finetune_cli.engine.job import Job
 from finetune_cli.engine.manifest import PREFIX
 from finetune_cli.engine.signals import Interrupted
-from finetune_cli.errors import TrainError
 from finetune_cli.types import Counts
 
 
@@ -34,6 +35,9 @@ class Sums:
 
     def join(self, other: "Sums") -> None:
         self.add({name: (total, count) for name, (total, count) in other._sums.items()})
+
+    def finite(self) -> bool:
+        return all(math.isfinite(float(total)) for total, _ in self._sums.values())
 
     def over_processes(self, job: Job) -> dict[str, list[float]]:
         """name -> [sum, count] of all processes. Collective: every process must call it with the same names."""
@@ -79,20 +83,23 @@ class Progress:
     sums: Sums = field(default_factory=Sums)
     """What the next line will say."""
     clock: Clock = field(default_factory=Clock)
+    health: Health = field(default_factory=Health)
     saved: int = 0
     """The step of the last checkpoint whose evaluation was done."""
 
     def to_json(self, sums: Mapping[str, Sequence[float]] | None = None) -> dict[str, Any]:
         """`sums` are those of all processes."""
         best = list(self.best) if self.best else None
-        return {**vars(self), "best": best, "sums": dict(sums or {}), "clock": vars(self.clock)}
+        inner = {"sums": dict(sums or {}), "clock": vars(self.clock), "health": vars(self.health)}
+        return {**vars(self), "best": best, **inner}
 
     @classmethod
     def from_json(cls, state: dict[str, Any], *, rank: int = 0) -> "Progress":
         """The first process takes the sums of all."""
         sums = {name: pair if rank == 0 else [0.0, 0.0] for name, pair in state["sums"].items()}
         best = tuple(state["best"]) if state["best"] else None
-        return cls(**{**state, "best": best, "sums": Sums(sums), "clock": Clock(**state["clock"])})
+        clock, health = Clock(**state["clock"]), Health(**state["health"])
+        return cls(**{**state, "best": best, "sums": Sums(sums), "clock": clock, "health": health})
 
 
 def due(step: int, every: float, total: int) -> bool:
@@ -102,7 +109,10 @@ def due(step: int, every: float, total: int) -> bool:
 
 
 def optimiser_step(job: Job, step: int, *, measure: bool, sums: Sums) -> tuple[float, Counts, int]:
-    """One step: (gradient norm before clipping, counts, tokens computed), the latter two over all processes."""
+    """One step: (gradient norm before clipping, counts, tokens computed), the latter two over all processes.
+
+    A step whose gradient is not finite changes nothing; what it computed is not in the sums where it is not finite."""
+    computed = Sums()
     indices = job.schedule.step(step)
     rows = job.rows_of(indices)
     counts = counts_of(rows)
@@ -113,9 +123,11 @@ def optimiser_step(job: Job, step: int, *, measure: bool, sums: Sums) -> tuple[f
             with wait:
                 loss = job.method.loss(batch, job.models, counts)
                 job.accelerator.backward(loss.total * job.world)  # DDP averages; the sum is wanted
-            sums.add(loss.metrics)
+            computed.add(loss.metrics)
     limit = job.recipe.train.max_grad_norm or math.inf
     norm = float(job.accelerator.clip_grad_norm_(job.trained, limit))
+    if math.isfinite(norm) or computed.finite():
+        sums.join(computed)
     if math.isfinite(norm) or job.plan.resolved.precision == "fp16":  # the fp16 scaler skips such steps by itself
         job.optimizer.step()
         if not job.accelerator.optimizer_step_was_skipped:
@@ -135,13 +147,14 @@ def train(job: Job, progress: Progress) -> Progress:
     if progress.step == 0 and not progress.looked:
         look(job, progress, final=job.total_steps == 0)
     job.stop.patient = True
+    still = watch.Stillness(job)
     try:
         if progress.step and not progress.looked:
             after(job, progress)
         while progress.step < job.total_steps:
             if job.stopping():
                 raise Interrupted(job.stop.number or signal.SIGTERM)
-            forward(job, progress)
+            forward(job, progress, still)
             after(job, progress)
     except Interrupted as interrupted:
         saved = keep_what_is_done(job, progress)
@@ -158,7 +171,7 @@ def keep_what_is_done(job: Job, progress: Progress) -> str | None:
     return f"{PREFIX}{progress.step}"
 
 
-def forward(job: Job, progress: Progress) -> None:
+def forward(job: Job, progress: Progress, still: watch.Stillness) -> None:
     """One optimiser step, and the line about it where one is due."""
     job.policy.train()
     step, setting = progress.step + 1, job.recipe.logging
@@ -173,7 +186,8 @@ def forward(job: Job, progress: Progress) -> None:
     advance(progress, counts, tokens, seconds)
     if job.reference is not None:
         job.reference.after(progress.step)
-    watch(job, progress, norm)
+    watch.norm(job, progress, norm, job.schedule.step(progress.step - 1))
+    watch.tell(job, progress, still.look(job, learning_rate))
     if logged:
         log(job, progress, grad_norm=norm, learning_rate=learning_rate)
     job.emit({"event": "progress", "step": progress.step, "total": job.total_steps})
@@ -185,24 +199,6 @@ def advance(progress: Progress, counts: Counts, tokens: int, seconds: float) -> 
     progress.num_tokens += tokens
     progress.trained_tokens += counts.tokens
     progress.seconds += seconds
-
-
-def watch(job: Job, progress: Progress, norm: float) -> None:
-    """Report a gradient that explodes; stop at one that is not a number, before anything of it is saved."""
-    limit = job.recipe.health.max_grad_norm_warning
-    if math.isfinite(norm) and norm > limit:
-        message = f"gradient norm {norm:.3g} is above {limit:g}; lower train.learning_rate if it stays there"
-        job.emit(job.event("health", progress.step, rule="grad_norm", message=message))
-    if math.isfinite(norm) or job.plan.resolved.precision == "fp16":
-        return
-    rows = [row.source for row in job.rows_of(job.schedule.step(progress.step - 1))]
-    message = f"the gradient of step {progress.step} is not finite"
-    job.emit(job.event("health", progress.step, rule="nan", message=message, rows=rows))
-    raise TrainError(
-        f"{message} (rows {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''})",
-        "Look at these rows, lower train.learning_rate, or use train.precision: fp32. "
-        "The weights were not changed by this step; the last checkpoint is good.",
-    )
 
 
 def log(job: Job, progress: Progress, *, grad_norm: float, learning_rate: float) -> None:
@@ -217,10 +213,10 @@ def log(job: Job, progress: Progress, *, grad_norm: float, learning_rate: float)
         "memory_gib": job.memory_gib(),
         "seconds": seconds,
     }
-    if not math.isfinite(means.get("loss", 0.0)):
-        raise TrainError(f"the loss of step {progress.step} is {means['loss']}", "Lower train.learning_rate.")
     keep(progress, means)
     job.emit(job.event("train", progress.step, **numbers))
+    found = progress.health.line(numbers, step=progress.step, memory_gib=job.memory_now_gib())
+    watch.tell(job, progress, found)
 
 
 def keep(progress: Progress, numbers: Mapping[str, float]) -> None:
@@ -254,6 +250,9 @@ def look(job: Job, progress: Progress, *, final: bool) -> bool:
     value = job.merit(numbers)
     if progress.step == 0 or value is None:
         return False
+    losses = [numbers[f"{s.prefix}loss"] for s in job.eval_sets if f"{s.prefix}loss" in numbers]
+    if losses and "loss" in progress.last:
+        watch.tell(job, progress, progress.health.evaluation(sum(losses) / len(losses), progress.last["loss"]))
     if progress.best is None or value > progress.best[0]:
         progress.best = (value, progress.step)
         return True
