@@ -106,6 +106,14 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show one method's k
 
 
 @app.command()
+def explain(rule: Annotated[str | None, typer.Argument(metavar="[FTnnn]", help="Show one rule.")] = None) -> None:
+    """List the rules of `validate`, or say why there is one and what to do about it."""
+    from finetune_cli import commands
+
+    raise typer.Exit(commands.explain(rule))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe."""
     from finetune_cli import commands

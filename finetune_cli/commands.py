@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune_cli import log, runs, show
+from finetune_cli.checks import stages
 from finetune_cli.checks.files import files
-from finetune_cli.checks.lints import lints
+from finetune_cli.checks.rule import Seen
 from finetune_cli.errors import DataError, FinetuneError, MachineError, Problem, RecipeError
 from finetune_cli.plan import facts as model_facts
 from finetune_cli.plan import launch, machine
@@ -16,70 +17,82 @@ from finetune_cli.plan.resolve import Plan, resolve
 from finetune_cli.recipe.load import Loaded, load
 
 
-def checked(recipe: Path, overrides: Sequence[str]) -> tuple[Loaded, model_facts.Facts, list[Problem]]:
-    """Schema, lints and files, stage after stage; (recipe, facts, warnings). Raises the failing stage's error."""
+def opened(recipe: Path, overrides: Sequence[str]) -> tuple[Loaded, model_facts.Facts]:
+    """The recipe, its schema checked, and what is known of its model."""
     loaded = load(recipe, overrides)
-    facts = model_facts.look(loaded.recipe.model.name_or_path)
-    found = list(lints(loaded, facts))
-    errors = tuple(p for p in found if p.severity == "error")
-    if errors:
-        raise RecipeError(f"{loaded.name} cannot be run", problems=errors)
+    return loaded, model_facts.look(loaded.recipe.model.name_or_path)
+
+
+def checked(recipe: Path, overrides: Sequence[str], note: stages.Note = stages.unheard) -> Seen:
+    """Schema, lints and files, stage after stage. `note` hears the warnings. Raises the failing stage's error."""
+    loaded, facts = opened(recipe, overrides)
+    world = launch.world() if launch.inside() else None
+    plan = resolve(
+        loaded.recipe,
+        loaded.data,
+        machine.look(),
+        facts,
+        recipe_path=recipe.absolute(),
+        world=world,
+        overrides=overrides,
+    )
+    seen = Seen(loaded, plan)
+    stages.lints(seen, note)
+    present(loaded)
+    return seen
+
+
+def present(loaded: Loaded) -> None:
+    """Raises DataError where a file that the recipe names is not there."""
     missing = tuple(files(loaded))
     if missing:
         raise DataError("files are missing", "Paths are relative to the recipe.", problems=missing)
-    accepted = set(loaded.recipe.ignore)
-    return loaded, facts, [p for p in found if p.rule not in accepted]
 
 
 def planned(recipe: Path, overrides: Sequence[str]) -> tuple[Plan, Loaded, list[Problem]]:
-    loaded, facts, warnings = checked(recipe, overrides)
-    world = launch.world() if launch.inside() else None
-    plan = resolve(loaded.recipe, loaded.data, machine.look(), facts, recipe_path=recipe.absolute(), world=world)
-    return plan, loaded, warnings
+    """The plan, the recipe it is of, and the warnings so far."""
+    warnings: list[Problem] = []
+    seen = checked(recipe, overrides, warnings.append)
+    return seen.plan, seen.loaded, warnings
 
 
 def validate(recipe: Path, overrides: Sequence[str], *, fast: bool, as_json: bool) -> int:
     failure: FinetuneError | None = None
     warnings: list[Problem] = []
-    rows: dict[str, Any] = {}
+    told: dict[str, Any] = {"rows": {}, "weights": {}}
     try:
-        loaded, facts, warnings = checked(recipe, overrides)
+        seen = checked(recipe, overrides, warnings.append)
         if not fast:
-            rows = rows_of(loaded, facts)
+            told = looked_into(seen, warnings.append)
     except FinetuneError as error:
         failure = error
     if as_json:
-        problems = [*(failure.problems if failure else ()), *warnings]
         result = {
             "ok": failure is None,
             "exit_code": failure.exit_code if failure else 0,
             "message": failure.message if failure else "",
             "hint": failure.hint if failure else "",
-            "problems": [p.to_json() for p in problems],
-            "rows": rows,
+            "problems": [p.to_json() for p in (*(failure.problems if failure else ()), *warnings)],
+            **told,
         }
         show.to_stdout(result)
-    elif failure is not None:
+        return failure.exit_code if failure else 0
+    show.warnings(warnings)
+    if failure is not None:
         raise failure
-    else:
-        for problem in warnings:
-            show.err.print(show.problem_line(problem))
-        for name, report in rows.items():
-            show.out.print(f"{name}: {show.rows_line(report)}")
-        stages = "schema, lints and files" if fast else "schema, lints, files, tokenizer and rows"
-        show.out.print(f"{recipe}: fine ({stages})")
-    return failure.exit_code if failure else 0
+    show.validated(recipe, told, fast=fast, warnings=len(warnings))
+    return 0
 
 
-def rows_of(loaded: Loaded, facts: model_facts.Facts) -> dict[str, Any]:
-    """Counts of every set, on the trainer's own path."""
+def looked_into(seen: Seen, note: stages.Note) -> dict[str, Any]:
+    """Tokenizer, configuration and rows, on the trainer's own path: the counts of every set, and the sizes."""
     from finetune_cli import log
-    from finetune_cli.data.rows import load_rows
-    from finetune_cli.engine.prepare import bind
+    from finetune_cli.engine import preflight
 
     log.setup()
-    sets: dict[str, Any] = load_rows(loaded.recipe, bind(loaded.recipe, facts).chat).summary()["sets"]
-    return sets
+    log.quiet_libraries()
+    found = preflight.examine(seen, note)
+    return {"rows": found.sets.summary()["sets"], "weights": preflight.sizes(found)}
 
 
 def plan(recipe: Path, overrides: Sequence[str], *, as_json: bool) -> int:
@@ -87,8 +100,7 @@ def plan(recipe: Path, overrides: Sequence[str], *, as_json: bool) -> int:
     if as_json:
         show.to_stdout(made.model_dump(mode="json"))
         return 0
-    for problem in warnings:
-        show.err.print(show.problem_line(problem))
+    show.warnings(warnings)
     show.out.print(show.header(made))
     show.origins(made)
     return 0
@@ -99,8 +111,7 @@ def run(recipe: Path, overrides: Sequence[str], options: runs.Options) -> int:
         raise RecipeError("--resume and --overwrite exclude each other", "Keep one of them.")
     made, loaded, warnings = planned(recipe, overrides)
     if not options.as_json and (not launch.inside() or log.rank() == 0):
-        for problem in warnings:
-            show.err.print(show.problem_line(problem))
+        show.warnings(warnings)
         show.out.print(show.header(made))
     again = ("finetune", "run", str(recipe), *(part for value in overrides for part in ("--set", value)))
     return runs.run(made, loaded, replace(options, again=(*again, *(["--json"] if options.as_json else []))))
@@ -162,6 +173,19 @@ def methods(name: str | None) -> int:
     return 0
 
 
+def explain(rule: str | None) -> int:
+    from finetune_cli.checks.rules import BY_ID
+
+    if rule is None:
+        show.rules(BY_ID.values())
+        return 0
+    found = BY_ID.get(rule.upper())
+    if found is None:
+        raise RecipeError(f"there is no rule {rule!r}", f"Known: {', '.join(BY_ID)}.")
+    show.rule(found)
+    return 0
+
+
 def schema() -> int:
     from finetune_cli.recipe.schema import recipe_schema
 
@@ -174,7 +198,8 @@ def preview(recipe: Path, overrides: Sequence[str], *, row: int | None, n: int, 
     from finetune_cli.data.preview import previews
     from finetune_cli.engine.prepare import bind
 
-    loaded, facts, _ = checked(recipe, overrides)
+    loaded, facts = opened(recipe, overrides)
+    present(loaded)
     log.setup()
     chat = bind(loaded.recipe, facts).chat
     for item in previews(loaded.recipe, chat, rows=None if row is None else [row], most=None if as_json else n):

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_cli.errors import FinetuneError, Problem
+from finetune_cli.log import to_json
 from finetune_cli.plan.changes import leaves
 from finetune_cli.plan.resolve import Plan
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+    from finetune_cli.checks.rule import Rule
 
 Sink = Callable[[dict[str, Any]], None]
 out = Console(highlight=False, soft_wrap=True)
@@ -42,6 +45,62 @@ def problem_line(problem: Problem) -> Text:
     line = str(problem) + (f"  [{problem.rule}]" if problem.rule else "")
     before, key, after = line.partition(problem.key) if problem.key else (line, "", "")
     return Text.assemble(before, (key, f"bold {colour}"), after)
+
+
+def warnings(problems: Iterable[Problem]) -> None:
+    """A line each, on stderr."""
+    for problem in problems:
+        err.print(problem_line(problem))
+
+
+def validated(recipe: Path, told: Mapping[str, Any], *, fast: bool, warnings: int) -> None:
+    """The end of a check that found no error."""
+    for name, report in told["rows"].items():
+        out.print(escape(f"{name}: {rows_line(report)}"))
+    if told["weights"]:
+        out.print(escape(f"weights: {weights_line(told['weights'])}"))
+    stages = "schema, lints and files" if fast else "schema, lints, files, tokenizer and rows"
+    count = f", {warnings} warning{'s' * (warnings != 1)}" if warnings else ""
+    out.print(f"{escape(str(recipe))}: fine ({stages}){count}")
+
+
+def weights_line(sizes: Mapping[str, Any]) -> str:
+    parts = ", ".join(f"{size:.2f} GiB {name}" for name, size in sizes["gib"].items())
+    share = sizes["trained"] / sizes["total"]
+    return f"{sizes['trained']:,} of {sizes['total']:,} are trained ({share:.2%}); {parts}"
+
+
+def rules(known: Iterable["Rule"]) -> None:
+    """Every rule on a line."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("id", "severity", "stage", "what"):
+        table.add_column(column, overflow="fold")
+    for one in known:
+        table.add_row(one.id, one.severity, one.stages, escape(one.title))
+    out.print(table)
+    out.print("finetune explain ID says why, and what to do; `ignore: [ID]` in a recipe accepts a warning")
+
+
+def rule(one: "Rule") -> None:
+    """One rule: what, why, what is looked at, what to do."""
+    severity = one.severity + (f"; an error when {one.error_when}" if one.error_when else "")
+    rows = {
+        "severity": severity,
+        "why": one.why,
+        "looked at": one.stages,
+        "held by": one.held,
+        "shown by": one.proof,
+        "what to do": one.remedy,
+        "accept it": f"ignore: [{one.id}]" if one.can_be_ignored else "",
+    }
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, text in rows.items():
+        if text:
+            table.add_row(Text(name, style="bold"), Text(text))
+    out.print(Text(f"{one.id}  {one.title}", style="bold"))
+    out.print(table)
 
 
 def origins(plan: Plan) -> None:
@@ -114,7 +173,7 @@ def short(path: str) -> str:
 def screen(plan: Plan, *, as_json: bool) -> Sink:
     """The sink of a run: JSON lines, a live bar on a terminal, or plain lines."""
     if as_json:
-        return lambda event: print(json.dumps(event, ensure_ascii=False), flush=True)  # noqa: T201
+        return lambda event: print(to_json(event), flush=True)  # noqa: T201
     return Screen(plan, out)
 
 
@@ -134,6 +193,10 @@ class Screen:
         handler = getattr(self, f"on_{event['event']}", None)
         if handler is not None:
             handler(event)
+
+    def on_check(self, event: dict[str, Any]) -> None:
+        problem = Problem(**{name: event[name] for name in Problem.__dataclass_fields__})
+        err.print(problem_line(problem))
 
     def on_rows(self, event: dict[str, Any]) -> None:
         for name, report in event["sets"].items():
@@ -286,7 +349,7 @@ def tokens(texts: Sequence[str], trained: Sequence[bool]) -> Text:
 
 def to_stdout(value: Any) -> None:
     """One JSON value on stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.write(to_json(value) + "\n")
 
 
 def preview(item: Any) -> Group:

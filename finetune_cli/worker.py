@@ -2,11 +2,9 @@
 
 import errno
 import json
-import os
 import signal
 import sys
 import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +52,28 @@ def run(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: b
 
 def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: bool) -> None:
     """Everything between plan and report."""
-    from finetune_cli.data.rows import load_rows
-    from finetune_cli.engine import events, finish, loop, prepare
+    from finetune_cli.checks import stages
+    from finetune_cli.checks.rule import Seen
+    from finetune_cli.engine import events, finish, loop, preflight, prepare
+    from finetune_cli.recipe.load import load
     from finetune_cli.show import screen
 
-    _quiet()
+    log.quiet_libraries()
     show = screen(plan, as_json=as_json)
-    words = prepare.bind(plan.recipe, plan.facts)
-    sets = load_rows(plan.recipe, words.chat)  # before the processes meet: one builds the cache, the others wait
+    warned: list[Problem] = []
+    seen = Seen(load(Path(plan.recipe_path), plan.overrides), plan)
+    stages.lints(seen, warned.append)
+    known = len(warned)  # the parent has told them
+    found = preflight.examine(seen, warned.append)  # before the processes meet: one tokenises, the others wait
+    words, sets = found.words, found.sets
     if log.rank() == 0:
+        for problem in warned[known:]:
+            show({"event": "check", **problem.to_json()})
         show({"event": "rows", **sets.summary()})
     if resume is not None:
         prepare.compare_rows(sets.train.rows, resume, anyway=anyway)
     job, progress = prepare.build(plan, words, sets, show, resume=resume, stop=stop)
+    job.warnings = [f"{problem.rule} {problem.message}" for problem in warned]
     lines: list[dict[str, Any]] = []
     if job.accelerator.is_main_process:
         through = progress.step if resume else None
@@ -89,18 +96,6 @@ def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: 
         show({"event": "end", "report": report, "run": str(plan.run)})
     job.accelerator.wait_for_everyone()
     job.accelerator.end_training()
-
-
-def _quiet() -> None:
-    """Our screens alone: no bars and no banners of the libraries underneath."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch|accelerate")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bar()
 
 
 def _classify(error: Exception) -> tuple[int, FinetuneError]:

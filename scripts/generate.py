@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_cli import errors
+from finetune_cli.checks.rules import RULES
 from finetune_cli.methods import Method, registry
 from finetune_cli.plan.resolve import Plan
 from finetune_cli.recipe.names import REMEDIES, RENAMED
@@ -28,6 +29,9 @@ Keys without a default are required, unless the recipe `extends` one that has th
 SOURCES = """### Items of `data.train` and `data.eval_sets`
 
 One set of rows; a bare text is its `path`."""
+RULES_INTRO = """What `finetune validate` and every run look for before weights are loaded. `finetune explain FT016`
+says why there is a rule, what is looked at and which test shows it. Errors stop a run. A warning is accepted with
+`ignore: [FT016]`."""
 OTHER_TOOLS = """These keys are errors here; the message says what this table says. The value may need another
 form: the check of the key says which."""
 ERROR_LINE = re.compile(r"── (?P<name>\w+) +(?P<code>\d+) +(?P<meaning>.+)")
@@ -52,6 +56,7 @@ def reference() -> str:
     for name, method in registry().items():
         parts += [f"### `{name}`", prose(method), facts(method), keys(method)]
     parts += ["## Exit codes", exit_codes()]
+    parts += ["## Rules", RULES_INTRO, table(("id", "what", "severity", "what to do"), rule_rows())]
     parts += [
         "## Names of other tools",
         OTHER_TOOLS,
@@ -102,6 +107,17 @@ def facts(method: type[Method]) -> str:
         f"Rows: {', '.join(method.shapes)}. `train.learning_rate: auto` is {lora.default:g} with LoRA, "
         f"{full.default:g} without."
     )
+
+
+def rule_rows() -> Iterator[tuple[str, ...]]:
+    for rule in RULES:
+        severity = rule.severity if rule.checked else "held by the engine"
+        yield (
+            rule.id,
+            rule.title,
+            severity + (f"; error when {rule.error_when}" if rule.error_when else ""),
+            rule.remedy,
+        )
 
 
 def exit_codes() -> str:

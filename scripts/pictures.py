@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from finetune_cli import show
-from finetune_cli.commands import checked
+from finetune_cli.commands import opened
 from finetune_cli.data.preview import previews
 from finetune_cli.engine.prepare import bind
 from finetune_cli.errors import FinetuneError
@@ -53,7 +53,7 @@ def error_screen() -> None:
         recipe.write_text(WRONG, encoding="utf-8")
         show.err = console()
         try:
-            checked(recipe, [])
+            opened(recipe, [])
         except FinetuneError as failure:
             problems = [type(p)(**{**p.to_json(), "file": recipe.name}) for p in failure.problems]
             show.error(type(failure)("recipe.yaml is not a valid recipe", problems=tuple(problems)))
@@ -61,7 +61,7 @@ def error_screen() -> None:
 
 
 def preview_screen() -> None:
-    loaded, facts, _ = checked(HERE / "recipes" / "quickstart.yaml", [])
+    loaded, facts = opened(HERE / "recipes" / "quickstart.yaml", [])
     picture = console()
     for item in previews(loaded.recipe, bind(loaded.recipe, facts).chat, rows=None, most=2):
         picture.print(show.preview(item))

@@ -158,6 +158,7 @@ def write_recipe(path: Path, **sections: Any) -> Path:
         "eval": {"sample_prompts": 1},
         "generation": {"max_new_tokens": 4},
         "logging": {"logging_steps": 1, "report_to": "none"},
+        "ignore": ["FT033"],
     }  # fmt: skip
     for key, value in sections.items():
         mine = recipe.get(key)

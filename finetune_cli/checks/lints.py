@@ -1,11 +1,10 @@
 """Rules on the recipe itself: what can be said before a file is opened. No torch."""
 
+import os
 from collections.abc import Iterator
 from difflib import get_close_matches
 
-from finetune_cli.errors import Problem
-from finetune_cli.plan.facts import Facts
-from finetune_cli.recipe.load import Loaded
+from finetune_cli.checks.rule import Found, Seen, counted
 
 OPTIMISERS = (
     "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "adamw_bnb_8bit",
@@ -31,68 +30,115 @@ NOT_YET: dict[str, tuple[object, ...]] = {
 }
 """Keys of the contract that this version does not act on yet, and the values it can honour."""
 
-
-def lints(loaded: Loaded, facts: Facts) -> Iterator[Problem]:
-    """Every problem of this stage, errors and warnings."""
-    for rule in (not_yet, optimiser, learning_rate, adapters):
-        yield from rule(loaded, facts)
+FEWEST_STEPS = 20
 
 
-def not_yet(loaded: Loaded, _: Facts) -> Iterator[Problem]:
-    dump = loaded.recipe.model_dump()
+def not_yet(seen: Seen) -> Iterator[Found]:
+    dump = seen.recipe.model_dump()
     for key, honoured in NOT_YET.items():
         value = dump
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None  # type: ignore[assignment]
         if value not in honoured and value is not None:
             can = ", ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in honoured if v is not None)
-            remedy = f"use {can}" if can else "remove it"
-            yield loaded.problem(key, f"this version cannot do that yet; {remedy}", rule="FT101")
+            yield Found(key, "this version cannot do that yet", f"use {can}" if can else "remove it")
 
 
-def optimiser(loaded: Loaded, _: Facts) -> Iterator[Problem]:
-    name = loaded.recipe.train.optim
+def optimiser(seen: Seen) -> Iterator[Found]:
+    name = seen.recipe.train.optim
     if name in OPTIMISERS:
         return
     for prefix, reason in REFUSED_OPTIMISERS.items():
         if name.startswith(prefix):
-            yield loaded.problem("train.optim", f"{name} is not supported: {reason}", rule="FT102")
+            yield Found("train.optim", f"{name} is not supported: {reason}", "use adamw_torch_fused")
             return
     close = get_close_matches(name, OPTIMISERS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(OPTIMISERS)}"
-    yield loaded.problem("train.optim", f"unknown optimiser {name!r}; {hint}", rule="FT102")
+    yield Found("train.optim", f"unknown optimiser {name!r}", hint)
 
 
-def learning_rate(loaded: Loaded, facts: Facts) -> Iterator[Problem]:
-    recipe = loaded.recipe
-    rate, lora = recipe.train.learning_rate, recipe.lora is not None or facts.kind == "adapter"
+def learning_rate(seen: Seen) -> Iterator[Found]:
+    rate, method = seen.recipe.train.learning_rate, seen.recipe.method
     if rate == "auto":
         return
-    rates = recipe.method.rates(lora=lora)
+    rates = method.rates(lora=seen.adapted)
     if rates.low <= rate <= rates.high:
         return
     error = rate < rates.low / 10 or rate > rates.high * 10
-    kind = "LoRA" if lora else "full"
-    message = (
-        f"{rate:g} is {'far ' if error else ''}outside what works for {recipe.method.name} with {kind} training; "
-        f"use {rates.low:g} to {rates.high:g} (auto is {rates.default:g})"
+    kind = "LoRA" if seen.adapted else "full"
+    yield Found(
+        "train.learning_rate",
+        f"{rate:g} is {'far ' if error else ''}outside what works for {method.name} with {kind} training",
+        f"use {rates.low:g} to {rates.high:g} (auto is {rates.default:g})",
+        "error" if error else "warning",
     )
-    yield loaded.problem("train.learning_rate", message, rule="FT016", severity="error" if error else "warning")
 
 
-def adapters(loaded: Loaded, facts: Facts) -> Iterator[Problem]:
-    recipe = loaded.recipe
-    if recipe.quantization is not None and recipe.lora is None and facts.kind != "adapter":
-        yield loaded.problem(
-            "quantization",
-            "needs lora: (quantised weights cannot be trained); add `lora: {}`",
-            rule="FT104",
-        )
-    if recipe.quantization is not None and recipe.model.name_or_path.endswith(".gguf"):
-        yield loaded.problem(
-            "quantization", "a .gguf file is quantised already, and read to full width; remove this", rule="FT104"
-        )
-    if facts.kind == "adapter" and loaded.recipe.lora is not None:
-        yield loaded.problem(
-            "lora", "model.name_or_path is an adapter, which goes on with its own settings; remove lora:", rule="FT103"
-        )
+def precision(seen: Seen) -> Iterator[Found]:
+    """Where the recipe asks for numbers that this machine has not."""
+    asked, machine = seen.recipe.train.precision, seen.plan.machine
+    if asked == "fp16" and not machine.gpus:
+        yield Found("train.precision", "fp16 needs a GPU, and this machine has none", "use auto, bf16 or fp32")
+    if asked == "bf16" and machine.gpus and not machine.bf16:
+        gpu = next(gpu for gpu in machine.gpus if gpu.compute_capability < 8)
+        yield Found("train.precision", f"the {gpu.name} does not multiply bfloat16", "use auto or fp16")
+
+
+def run_length(seen: Seen) -> Iterator[Found]:
+    """Where the recipe itself says how many steps there are."""
+    if seen.recipe.train.max_steps is not None:
+        yield from in_steps(seen, seen.recipe.train.max_steps, "train.max_steps")
+
+
+def in_steps(seen: Seen, total: int, key: str) -> Iterator[Found]:
+    """What does not fit into a run of `total` optimiser steps."""
+    train, run = seen.recipe.train, counted(total, "step")
+    if train.warmup_steps is not None and train.warmup_steps >= total:
+        said = f"the learning rate rises for {train.warmup_steps} of {run}: it never gets where it is meant to"
+        yield Found("train.warmup_steps", said, f"use {total // 10} or less, or warmup_ratio")
+    for name, steps in (("save.save_steps", seen.recipe.save.save_steps), ("eval.eval_steps", every_eval(seen))):
+        if steps is not None and steps >= 1 and steps > total:
+            said = f"{steps:g} is past the end of the run of {run}: it happens at the end alone"
+            yield Found(name, said, "use a smaller number; below 1 it is a share of the run")
+    if total < FEWEST_STEPS:
+        batch = seen.plan.resolved.global_batch_size
+        said = f"the run has {counted(total, 'optimiser step')} of {batch} rows: hardly enough to learn from"
+        yield Found(key, said, "more epochs, more rows or a smaller global_batch_size make more of them")
+
+
+def every_eval(seen: Seen) -> float | None:
+    data, setting = seen.recipe.data, seen.recipe.eval
+    happens = setting.eval_strategy == "steps" and (data.eval_sets or data.eval_split)
+    return setting.eval_steps if happens else None
+
+
+def adapters(seen: Seen) -> Iterator[Found]:
+    if seen.facts.kind == "adapter" and seen.recipe.lora is not None:
+        yield Found("lora", "model.name_or_path is an adapter, which goes on with its own settings")
+
+
+def quantised(seen: Seen) -> Iterator[Found]:
+    """Weights in 4 or 8 bits cannot be trained themselves."""
+    if seen.recipe.quantization is None:
+        return
+    if not seen.adapted:
+        yield Found("quantization", "needs lora: (quantised weights cannot be trained)", "add `lora: {}`")
+    if seen.recipe.model.name_or_path.endswith(".gguf"):
+        yield Found("quantization", "a .gguf file is quantised already, and read to full width", "remove this")
+
+
+def output_dir(seen: Seen) -> Iterator[Found]:
+    """Results over what they were made from."""
+    run = os.path.realpath(seen.plan.output_dir)
+    for key, path in sources_of(seen):
+        if os.path.isdir(path) and os.path.realpath(path) == run:
+            yield Found("output_dir", f"this is the folder of {key}, whose files the result would overwrite")
+
+
+def sources_of(seen: Seen) -> Iterator[tuple[str, str]]:
+    """(key, folder) of what the run reads."""
+    reference = seen.plan.resolved.reference
+    yield "model.name_or_path", seen.recipe.model.name_or_path
+    yield "the adapter's base model", seen.facts.base or ""
+    yield "method.ref_model", (reference.model if reference else None) or ""
+    yield from (("data.train", source.path) for source in seen.recipe.data.train)

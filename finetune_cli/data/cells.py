@@ -1,8 +1,9 @@
 """The cells of one row, each read with its type checked; every error names the file, the row and the column."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from finetune_cli.data.readers import described
@@ -41,6 +42,18 @@ class Raw:
     def problem(self, message: str, *, rule: str, field: str = "") -> Problem:
         key = field if self.line else " ".join(filter(None, (f"row {self.row}", field)))
         return Problem(key, message, file=self.file, line=self.line, column=int(self.line > 0), rule=rule)
+
+
+def places(raws: Iterable[Raw]) -> str:
+    """Where some rows are: `train.jsonl:3, 9`, or `train.json rows 2, 8` where rows have no line of their own."""
+    by_file: dict[str, list[Raw]] = {}
+    for raw in raws:
+        by_file.setdefault(Path(raw.file).name, []).append(raw)
+    told = []
+    for name, some in by_file.items():
+        between = ":" if some[0].line else " rows " if len(some) > 1 else " row "
+        told.append(f"{name}{between}{', '.join(str(raw.line or raw.row) for raw in some)}")
+    return ", ".join(told)
 
 
 @dataclass(frozen=True)

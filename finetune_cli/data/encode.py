@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from finetune_cli.data.cells import EmptyValue, Raw
+from finetune_cli.data.cells import EmptyValue, Raw, places
 from finetune_cli.data.chat import Chat
 from finetune_cli.data.readers import together
 from finetune_cli.data.sources import Table, load
@@ -42,6 +42,10 @@ class Outcome:
     error: Problem | None = None
     warnings: list[tuple[str, str]] = field(default_factory=list)
     lost: list[tuple[Row, str]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each of its rows before any was cut."""
+    cut: int = 0
+    """Tokens that would be trained, had they not been cut or dropped for their length."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ def encode_row(method: Method, table: Table, raw: Raw, *, chat: Chat, data: Data
         else:
             kept.append(fitted)
     dropped = None if kept else lost[0][1] if lost else "no_targets"
-    return Outcome(raw.source, kept, dropped, None, warnings, lost)
+    cut = sum(row.targets for row in rows) - sum(row.targets for row in kept)
+    return Outcome(raw.source, kept, dropped, None, warnings, lost, [row.longest for row in rows], cut)
 
 
 @lru_cache(maxsize=1)
@@ -151,8 +156,9 @@ def report_of(outcomes: Sequence[Outcome], raws: Sequence[Raw]) -> dict[str, Any
     warnings: dict[str, dict[str, Any]] = {}
     for outcome, raw in zip(outcomes, raws, strict=True):
         for name, message in dict(reversed(outcome.warnings)).items():
-            told = warnings.setdefault(name, {"rows": 0, "example": f"{raw.place}: {message}"})
+            told = warnings.setdefault(name, {"rows": 0, "example": f"{raw.place}: {message}", "sources": []})
             told["rows"] += 1
+            told["sources"] += [raw.source] if len(told["sources"]) < EXAMPLES else []
     return {
         "read": len(outcomes),
         "kept": sum(bool(outcome.rows) for outcome in outcomes),
@@ -160,7 +166,19 @@ def report_of(outcomes: Sequence[Outcome], raws: Sequence[Raw]) -> dict[str, Any
         "parts_dropped": dict(sorted(parts.items())),
         "warnings": dict(sorted(warnings.items())),
         "examples": examples(outcomes, raws),
+        "lengths": percentiles([length for outcome in outcomes for length in outcome.lengths]),
+        "targets": {
+            "trained": sum(row.targets for outcome in outcomes for row in outcome.rows),
+            "cut": sum(outcome.cut for outcome in outcomes),
+        },
     }
+
+
+def percentiles(lengths: list[int]) -> dict[str, int]:
+    """p50, p95, p99 and max: the smallest length that so many percent of the rows do not exceed."""
+    ordered = sorted(lengths)
+    at = {"p50": 50, "p95": 95, "p99": 99, "max": 100}
+    return {name: ordered[-(-len(ordered) * percent // 100) - 1] for name, percent in at.items()} if ordered else {}
 
 
 def examples(outcomes: Iterable[Outcome], raws: Iterable[Raw]) -> dict[str, list[str]]:
@@ -170,6 +188,10 @@ def examples(outcomes: Iterable[Outcome], raws: Iterable[Raw]) -> dict[str, list
         if outcome.dropped and len(told.setdefault(outcome.dropped, [])) < EXAMPLES:
             told[outcome.dropped].append(f"{raw.place}: {why(outcome)}")
     return told
+
+
+def counted(number: int) -> str:
+    return f"{number} row{'s' * (number != 1)}"
 
 
 def why(outcome: Outcome) -> str:
@@ -195,7 +217,8 @@ def check(outcomes: Sequence[Outcome], raws: Sequence[Raw], report: Mapping[str,
     too_long = report["dropped"].get("overlength", 0) + report["parts_dropped"].get("overlength", 0)
     if data.overlength == "error" and too_long:
         hint = "Raise data.max_length, or set data.overlength to drop or truncate."
-        raise DataError(f"{too_long} rows are longer than data.max_length {data.max_length}{told(report)}", hint)
+        lines = problems_of(report, raws, "overlength")
+        raise DataError(f"{too_long} rows are longer than data.max_length {data.max_length}", hint, problems=lines)
     if not report["kept"] or lost > data.max_dropped_fraction * report["read"]:
         kept = (
             "so none is left"
@@ -203,13 +226,25 @@ def check(outcomes: Sequence[Outcome], raws: Sequence[Raw], report: Mapping[str,
             else f"more than data.max_dropped_fraction {data.max_dropped_fraction:g}"
         )
         hint = "Mend the rows, raise data.max_length, or raise data.max_dropped_fraction if they may go."
-        raise DataError(f"{lost} of {report['read']} rows are dropped, {kept}{told(report)}", hint)
+        lines = problems_of(report, raws, *report["examples"])
+        raise DataError(f"{lost} of {report['read']} rows are dropped, {kept}", hint, problems=lines)
 
 
-def told(report: Mapping[str, Any]) -> str:
-    counts = report["dropped"]
-    lines = [f"\n  {cause}, {counts[cause]} rows; first: {rows[0]}" for cause, rows in report["examples"].items()]
-    return "".join(lines)
+RULES = {"overlength": "FT002"}
+"""Cause of a drop -> the rule that explains it. The others leave nothing to train on: FT001."""
+
+
+def problems_of(report: Mapping[str, Any], raws: Sequence[Raw], *causes: str) -> tuple[Problem, ...]:
+    """A problem for each cause, with its first rows."""
+    lines = []
+    for cause in causes:
+        first = report["examples"].get(cause) or ["a part of a conversation"]
+        count = report["dropped"].get(cause, 0) + report["parts_dropped"].get(cause, 0)
+        told = [raw for line in first for raw in raws if line.startswith(f"{raw.place}: ")] or [raws[0]]
+        text = f"{counted(count)} dropped as {cause}, the first: {first[0].removeprefix(f'{told[0].place}: ')}"
+        text = text.removesuffix(".") + (f"; then {places(told[1:])}" if told[1:] else "")
+        lines.append(told[0].problem(text, rule=RULES.get(cause, "FT001")))
+    return tuple(lines)
 
 
 def weighted(conversations: Sequence[list[Row]], weight: float, seed: str) -> list[Row]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune_cli.engine.manifest import WRITING, write_text
 from finetune_cli.errors import MachineError
+from finetune_cli.log import to_json
 from finetune_cli.recipe.sections import Logging
 
 Sink = Callable[[dict[str, Any]], None]
@@ -21,13 +22,13 @@ class Journal:
     def __init__(self, path: Path, *, keep_through: int | None) -> None:
         self.path = path
         self.lines = _kept(path, keep_through)
-        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines))
+        write_text(path, "".join(to_json(line) + "\n" for line in self.lines))
         self._file = path.open("a", encoding="utf-8")
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["event"] in WRITTEN:
             self.lines.append(event)
-            self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
+            self._file.write(to_json(event) + "\n")
             self._file.flush()
             if event["event"] == "checkpoint":  # a checkpoint never gets its name before its lines are on the disk
                 os.fsync(self._file.fileno())

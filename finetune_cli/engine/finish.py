@@ -1,6 +1,5 @@
 """The end of a run: the result in the run folder, its report and its model card."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from finetune_cli.engine.job import Job
 from finetune_cli.engine.loop import Progress
 from finetune_cli.engine.lora import sizes
 from finetune_cli.engine.manifest import MANIFEST, PREFIX, WRITING, flush, write_text
+from finetune_cli.log import to_json
 
 NOT_THE_RESULT = ("optimizer.pt", "scheduler.pt", "scaler.pt", MANIFEST, "trainer_state.json")
 
@@ -44,7 +44,7 @@ def chosen(job: Job, progress: Progress) -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+    write_text(path, to_json(value, indent=1))
 
 
 def make_report(job: Job, progress: Progress, step: int) -> dict[str, Any]:
@@ -55,6 +55,7 @@ def make_report(job: Job, progress: Progress, step: int) -> dict[str, Any]:
         "model": plan.recipe.model.name_or_path,
         "rows": job.data.report,
         "tokens": {"total": progress.num_tokens, "trained": progress.trained_tokens},
+        "warnings": job.warnings,
         "steps": progress.step,
         "seconds": progress.seconds,
         "tokens_per_second": progress.num_tokens / progress.seconds if progress.seconds else None,

@@ -65,6 +65,8 @@ class Job:
     reference: Reference | None = None
     """The frozen model that the method asks while it trains; None where there is none, or its answers are known."""
     reference_report: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
+    """What the checks warned of, each with its rule."""
     peaks: list[float] = field(default_factory=list)
     """Peak memory of every process, GiB; filled in at the end."""
     stop: Stop = field(default_factory=Stop)

@@ -24,7 +24,7 @@ from finetune_cli.errors import ModelError, RecipeError
 from finetune_cli.log import LOGGER
 from finetune_cli.plan.changes import BEST, Change, compare
 from finetune_cli.plan.facts import Facts
-from finetune_cli.plan.resolve import Plan, start_of
+from finetune_cli.plan.resolve import Plan
 from finetune_cli.recipe.sections import Recipe
 from finetune_cli.types import Row
 
@@ -46,9 +46,6 @@ def bind(recipe: Recipe, facts: Facts) -> Words:
     tokenizer = models.load_tokenizer(recipe.model, location)
     stops = models.declared_stops(location, tokenizer)
     chat = Chat.bind(tokenizer, stop_ids=stops, template_mismatch=recipe.data.template_mismatch)
-    wanted = recipe.method.reference(start_of(recipe, facts))
-    if wanted is not None and wanted.model is not None:
-        reference.check_vocabulary(wanted.model, tokenizer)
     return Words(location, tokenizer, stops, chat)
 
 

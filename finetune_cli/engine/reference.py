@@ -20,7 +20,7 @@ from finetune_cli.engine import layout, models
 from finetune_cli.engine.evaluate import chunks
 from finetune_cli.engine.reference_cache import Store, Values, row_key, weights_key
 from finetune_cli.engine.role import Role
-from finetune_cli.errors import ModelError, Problem, TrainError
+from finetune_cli.errors import TrainError
 from finetune_cli.methods.base import Reference as Wanted
 from finetune_cli.plan import facts
 from finetune_cli.recipe.sections import Model
@@ -136,18 +136,6 @@ def beside(job: "Job", model: Any) -> Reference:
     return Reference(
         prepared, relayout=lambda batch: job.batch(batch.rows, measure=False, as_padded=padded_because is not None)
     )
-
-
-def check_vocabulary(name: str, tokenizer: Any) -> None:
-    """Raises ModelError where the reference reads other tokens than the policy."""
-    theirs = models.load_tokenizer(Model(name_or_path=name), located(name)).get_vocab()
-    ours = tokenizer.get_vocab()
-    odd = next((token for token in ours if theirs.get(token) != ours[token]), None)
-    if odd is not None or len(theirs) != len(ours):
-        said = f"{odd!r} is {ours[odd]} here and {theirs.get(odd)} there" if odd else "it has more tokens"
-        message = f"the reference {name} has another vocabulary: {said}"
-        problem = Problem("method.ref_model", message, rule="FT110")
-        raise ModelError(message, "Name a reference of the same family as the policy.", problems=(problem,))
 
 
 # ── what a run does with it ───────────────────────────────────────────────────────────────────────────────────────────

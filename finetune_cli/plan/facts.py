@@ -65,15 +65,19 @@ def _parameters(path: Path) -> int | None:
     """Weights by the headers of the safetensors files."""
     total = 0
     for file in sorted(path.glob("*.safetensors")):
-        try:
-            with file.open("rb") as f:
-                header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        except (ValueError, OverflowError) as error:
-            raise ModelError(f"{file} is damaged: it has no safetensors header", "Fetch the model again.") from error
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                total += _product(tensor["shape"])
+        total += sum(_product(shape) for shape in shapes(file).values())
     return total or None
+
+
+def shapes(file: Path) -> dict[str, list[int]]:
+    """Name -> shape of every tensor, by the header of a safetensors file. Raises ModelError where it has none."""
+    try:
+        with file.open("rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(min(size, file.stat().st_size)))  # a damaged file may ask for exabytes
+            return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file} is damaged: it has no safetensors header", "Fetch the model again.") from error
 
 
 def _product(shape: list[int]) -> int:

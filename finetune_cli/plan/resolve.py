@@ -1,6 +1,6 @@
 """The plan: the recipe unchanged, every `auto` made concrete, and the origin of each value."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +51,8 @@ class Plan(Spec):
     output_dir: str
     """Absolute."""
     recipe_path: str
+    overrides: list[str] = []
+    """The `--set` options that the recipe was started with."""
     versions: dict[str, str]
     fingerprint: str
     """Of everything in the recipe that changes the numbers of the run; the rows have a fingerprint of their own."""
@@ -66,7 +68,14 @@ class Plan(Spec):
 
 
 def resolve(
-    recipe: Recipe, written: Mapping[str, Any], machine: Machine, facts: Facts, *, recipe_path: Path, world: int | None
+    recipe: Recipe,
+    written: Mapping[str, Any],
+    machine: Machine,
+    facts: Facts,
+    *,
+    recipe_path: Path,
+    world: int | None,
+    overrides: Sequence[str] = (),
 ) -> Plan:
     """`written` is the data of the recipe as it was written, to tell recipe from default. `world` is the number of
     processes that a launcher has already started, None where we start them."""
@@ -81,6 +90,7 @@ def resolve(
         facts=facts,
         output_dir=str(Path(recipe.output_dir).expanduser().absolute()),
         recipe_path=str(recipe_path),
+        overrides=list(overrides),
         versions=versions,
         fingerprint=fingerprint(effective(recipe.model_dump(), resolved.model_dump())),
     )

@@ -1,6 +1,7 @@
 """The command as people and programs meet it: right exit codes, one screen, no traceback, and quick to answer."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -251,8 +252,53 @@ def test_warnings_are_told_and_can_be_accepted(command, recipe_of):
     assert "fine" in out
     code, out, _ = command("validate", recipe_of(train={"learning_rate": 1e-3}), "--fast", "--json")
     assert [(p["rule"], p["severity"]) for p in json.loads(out)["problems"]] == [("FT016", "warning")]
-    code, _, err = command("validate", recipe_of(train={"learning_rate": 1e-3}, ignore="FT016"), "--fast")
+    code, _, err = command("validate", recipe_of(train={"learning_rate": 1e-3}, ignore=["FT016", "FT033"]), "--fast")
     assert (code, err) == (0, "")
+
+
+def test_warnings_of_the_rows_are_told_with_their_place(command, recipe_of):
+    path = recipe_of(rows=[*questions(12), *questions(2)])
+    code, out, err = command("validate", path)
+    assert code == 0
+    assert "recipe.yaml:" in err
+    assert "first: train.jsonl:13, 14" in err
+    assert "[FT032]" in err
+    assert "fine (schema, lints, files, tokenizer and rows), 1 warning" in out
+    assert "are trained (" in out
+    code, out, _ = command("validate", path, "--json")
+    value = json.loads(out)
+    assert [p["rule"] for p in value["problems"]] == ["FT032"]
+    assert value["weights"]["trained"] < value["weights"]["total"]
+
+
+def test_no_rule_stops_a_preview(command, recipe_of):
+    path = recipe_of(train={"learning_rate": 5.0}, output_dir=None)
+    assert command("validate", path)[0] == 2
+    path = recipe_of(train={"learning_rate": 5.0})
+    assert "FT016" in command("validate", path)[2]
+    assert command("preview-template", path, "--json")[0] == 0
+
+
+@pytest.mark.slow
+def test_a_run_makes_the_same_checks_before_weights_are_read(recipe_of, tmp_path, tiny_model_folder):
+    """A warning is told once and is in the report; an error stops the run, with its place and exit code."""
+    path = recipe_of(rows=[*questions(12), *questions(2)], ignore=[])
+    done = finetune("run", str(path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.rpartition("[")[2] for line in done.stderr.splitlines()] == ["FT033]", "FT032]"]
+    assert done.stderr.count("recipe.yaml:") == 2
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [line.partition(" ")[0] for line in report["warnings"]] == ["FT033", "FT032"]
+    copy = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    (copy / "model.safetensors").unlink()
+    path = recipe_of(model={"name_or_path": str(copy)}, lora={"target_modules": ["nothing"]})
+    done = finetune("run", str(path), "--overwrite", cwd=tmp_path)
+    assert done.returncode == 5, done.stderr
+    assert "recipe.yaml:" in done.stderr
+    assert "lora.target_modules 'nothing' fits no layer" in done.stderr.replace('["nothing"]', "'nothing'").replace(
+        "['nothing']", "'nothing'"
+    )
+    assert "[FT030]" in done.stderr
 
 
 def test_json_of_plan_is_a_plan(command, recipe_of):
@@ -355,7 +401,16 @@ def test_schema_is_a_schema(command):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["validate", "{}", "--fast"], ["plan", "{}"], ["methods"], ["recipes"], ["schema"]],
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["validate", "{}", "--fast"],
+        ["plan", "{}"],
+        ["methods"],
+        ["recipes"],
+        ["schema"],
+        ["explain"],
+    ],
 )
 def test_nothing_heavy_is_imported(recipe_of, tmp_path, arguments):
     code = (

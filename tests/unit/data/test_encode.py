@@ -67,7 +67,9 @@ def test_too_many_dropped(chat, source):
         DataError, match=r"1 of 10 rows are dropped, more than data.max_dropped_fraction 0.05"
     ) as caught:
         encode(chat, source(*rows), max_dropped_fraction=0.05)
-    assert "empty, 1 rows; first: " in caught.value.message
+    (problem,) = caught.value.problems
+    assert (problem.line, problem.rule) == (10, "FT001")
+    assert problem.message.startswith("1 row dropped as empty, the first: messages[1].content is empty text")
     with pytest.raises(DataError, match="2 of 2 rows are dropped, so none is left"):
         encode(chat, source(EMPTY, LONG))
 
@@ -190,8 +192,9 @@ def test_rows_of_tokens_are_taken_as_they_are(chat, source):
     size = len(chat.tokenizer)
     with pytest.raises(DataError, match=f":2: has the token id {size}, the tokenizer {size} tokens"):
         encode(chat, source({"input_ids": [size - 1]}, {"input_ids": [0, size]}))
-    with pytest.raises(DataError, match="say so by their labels"):
+    with pytest.raises(DataError, match="none is left") as caught:
         encode(chat, source({"input_ids": [1, 2]}), method=Sft(loss_on="assistant"))
+    assert "say so by their labels" in caught.value.problems[0].message
 
 
 def test_all_malformed_rows_at_once(chat, source, tmp_path):

@@ -28,6 +28,21 @@ def test_lines_are_flushed_and_events_of_the_screen_left_out(tmp_path):
     journal.close()
 
 
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+    """JSON has no NaN; other readers than Python's refuse the whole line."""
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    journal = Journal(tmp_path / "m.jsonl", keep_through=None)
+    journal({"event": "train", "step": 1, "loss": float("nan"), "more": [{"a": float("-inf")}, 0.5]})
+    journal.close()
+    text = (tmp_path / "m.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == {
+        "event": "train", "step": 1, "loss": None, "more": [{"a": None}, 0.5]
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("cut", range(1, 60, 3))
 def test_resume_cuts_back_to_the_step_and_leaves_a_torn_line_out(tmp_path, cut):
     """The last line was cut anywhere, in the middle of a character too."""

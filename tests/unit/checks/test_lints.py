@@ -1,0 +1,98 @@
+"""Rules on the recipe alone: each tripped once, each silent once."""
+
+import pytest
+
+from finetune_cli.plan.machine import Gpu, Machine
+
+
+def test_a_healthy_recipe_is_told_nothing(says):
+    assert says(train={"max_steps": 20}) == []
+
+
+@pytest.mark.parametrize(
+    ("lora", "rate", "severity"),
+    [
+        ({"r": 4}, 2e-5, None), ({"r": 4}, 5e-4, None), ({"r": 4}, 1.9e-5, "warning"), ({"r": 4}, 5.1e-4, "warning"),
+        ({"r": 4}, 1.9e-6, "error"), ({"r": 4}, 5.1e-3, "error"), (None, 1e-6, None), (None, 5e-5, None),
+        (None, 2e-4, "warning"), (None, 1e-3, "error"),
+    ],
+)  # fmt: skip
+def test_ft016_learning_rate(of, lora, rate, severity):
+    found = of("FT016", fast=True, lora=lora, train={"learning_rate": rate})
+    assert [p.severity for p in found] == ([severity] if severity else [])
+    assert all(p.key == "train.learning_rate" and p.line and f"{rate:g}" in p.message for p in found)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "precision", "trips"),
+    [
+        ([], "fp16", True),
+        ([], "bf16", False),
+        ([7.5], "bf16", True),
+        ([8.0, 7.5], "bf16", True),
+        ([7.5], "fp16", False),
+    ],
+)
+def test_ft021_number_formats(of, monkeypatch, gpus, precision, trips):
+    cards = [Gpu(name="T4", memory_gib=15, compute_capability=c) for c in gpus]
+    monkeypatch.setattr(
+        "finetune_cli.plan.machine.look", lambda: Machine(cpus=2, memory_gib=8, gpus=cards, cpu_bf16=False)
+    )
+    found = of("FT021", fast=True, train={"precision": precision})
+    assert [p.severity for p in found] == ["error"] * trips
+
+
+@pytest.mark.parametrize(
+    ("sections", "keys"),
+    [
+        ({"train": {"max_steps": 20}}, []),
+        ({"train": {"max_steps": 19}}, ["train.max_steps"]),
+        ({"train": {"max_steps": 30, "warmup_steps": 30}}, ["train.warmup_steps"]),
+        ({"train": {"max_steps": 30, "warmup_steps": 29}}, []),
+        ({"train": {"max_steps": 30}, "save": {"save_steps": 31}}, ["save.save_steps"]),
+        ({"train": {"max_steps": 30}, "save": {"save_steps": 30}}, []),
+        ({"train": {"max_steps": 30}, "eval": {"eval_steps": 31}}, []),
+        ({"train": {"max_steps": 30}, "eval": {"eval_steps": 31}, "data": {"eval_split": 0.2}}, ["eval.eval_steps"]),
+    ],
+)
+def test_ft033_what_does_not_fit_the_run(of, sections, keys):
+    found = of("FT033", fast=True, **sections)
+    assert [p.key for p in found] == keys
+    assert all(p.severity == "warning" for p in found)
+
+
+@pytest.mark.parametrize("option", ["push_to_hub=true", "strategy=fsdp2", "num_machines=2"])
+def test_what_this_version_cannot_do(of, option):
+    assert [p.severity for p in of("FT101", option, fast=True)] == ["error"]
+    assert of("FT101", fast=True) == []
+
+
+def test_ft102_optimisers(of):
+    assert of("FT102", "optim=adafactor", fast=True) == []
+    assert "did you mean adafactor?" in of("FT102", "optim=adafactr", fast=True)[0].message
+
+
+def test_ft103_an_adapter_on_an_adapter(of, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text('{"base_model_name_or_path": "x/y"}')
+    assert [p.key for p in of("FT103", fast=True, model={"name_or_path": str(tmp_path / "a")})] == ["lora"]
+    assert of("FT103", fast=True) == []
+
+
+def test_ft104_quantised_weights_without_an_adapter(of, tmp_path):
+    asked = "quantization={load_in_4bit: true}"
+    assert of("FT104", asked, fast=True) == []
+    (problem,) = of("FT104", asked, fast=True, lora=None)
+    assert problem.message.endswith("add `lora: {}`")
+    (tmp_path / "x.gguf").touch()
+    assert len(of("FT104", asked, f"name_or_path={tmp_path}/x.gguf", fast=True)) == 1
+
+
+def test_ft105_output_dir_is_an_input(of, tiny_model_folder, tmp_path):
+    (tmp_path / "link").symlink_to(tiny_model_folder)
+    for folder in (tiny_model_folder, tmp_path / "link", tiny_model_folder / ".." / tiny_model_folder.name):
+        (problem,) = of("FT105", fast=True, output_dir=str(folder))
+        assert (problem.key, problem.severity) == ("output_dir", "error")
+        assert "model.name_or_path" in problem.message
+    assert of("FT105", fast=True, output_dir=str(tmp_path / "new")) == []
+    assert of("FT105", fast=True, output_dir=str(tmp_path)) == [], "the folder of the rows is no input itself"
