@@ -48,12 +48,13 @@ def validate(
     recipe: RecipeFile,
     set_: Sets = None,
     fast: Annotated[bool, typer.Option("--fast", help="Stop before the tokenizer and the rows.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="First put keys right in the file itself.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check everything that needs no weights."""
     from finetune_cli import commands
 
-    raise typer.Exit(commands.validate(recipe, set_ or [], fast=fast, as_json=as_json))
+    raise typer.Exit(commands.validate(recipe, set_ or [], fast=fast, fix=fix, as_json=as_json))
 
 
 @app.command("preview-template")

@@ -1,10 +1,12 @@
 """What each command does: the stages of a check, the plan, the start of the workers."""
 
+import codecs
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_cli import log, runs, show
 from finetune_cli.checks import stages
@@ -15,6 +17,9 @@ from finetune_cli.plan import facts as model_facts
 from finetune_cli.plan import launch, machine
 from finetune_cli.plan.resolve import Plan, resolve
 from finetune_cli.recipe.load import Loaded, load
+
+if TYPE_CHECKING:
+    from finetune_cli.recipe.fix import Fixed
 
 
 def opened(recipe: Path, overrides: Sequence[str]) -> tuple[Loaded, model_facts.Facts]:
@@ -56,10 +61,13 @@ def planned(recipe: Path, overrides: Sequence[str]) -> tuple[Plan, Loaded, list[
     return seen.plan, seen.loaded, warnings
 
 
-def validate(recipe: Path, overrides: Sequence[str], *, fast: bool, as_json: bool) -> int:
+def validate(recipe: Path, overrides: Sequence[str], *, fast: bool, as_json: bool, fix: bool = False) -> int:
     failure: FinetuneError | None = None
     warnings: list[Problem] = []
     told: dict[str, Any] = {"rows": {}, "weights": {}}
+    fixed = fix_file(recipe) if fix else None
+    if fixed is not None and not as_json:
+        show.fixed(recipe, fixed)
     try:
         seen = checked(recipe, overrides, warnings.append)
         if not fast:
@@ -74,6 +82,7 @@ def validate(recipe: Path, overrides: Sequence[str], *, fast: bool, as_json: boo
             "hint": failure.hint if failure else "",
             "problems": [p.to_json() for p in (*(failure.problems if failure else ()), *warnings)],
             **told,
+            **({"fixed": fixed.to_json()} if fixed is not None else {}),
         }
         show.to_stdout(result)
         return failure.exit_code if failure else 0
@@ -82,6 +91,30 @@ def validate(recipe: Path, overrides: Sequence[str], *, fast: bool, as_json: boo
         raise failure
     show.validated(recipe, told, fast=fast, warnings=len(warnings))
     return 0
+
+
+def fix_file(recipe: Path) -> "Fixed | None":
+    """Put right what is certain; None where the file is no text, which `load` tells of."""
+    from finetune_cli.recipe.fix import fix
+    from finetune_cli.recipe.load import shown
+
+    try:
+        raw = recipe.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return None
+    windows = "\r\n" in text
+    found = fix(text.replace("\r\n", "\n"), shown(recipe))
+    if found.moves:
+        after = found.text.replace("\n", "\r\n") if windows else found.text
+        beside = recipe.with_name(recipe.name + ".writing")
+        try:
+            beside.write_bytes(after.encode("utf-8-sig" if raw.startswith(codecs.BOM_UTF8) else "utf-8"))
+            shutil.copymode(recipe, beside)
+            beside.replace(recipe)
+        except OSError as error:
+            raise MachineError(f"{recipe} cannot be written: {error.strerror}", "Check the permissions.") from error
+    return found
 
 
 def looked_into(seen: Seen, note: stages.Note) -> dict[str, Any]:

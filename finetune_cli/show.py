@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from finetune_cli.checks.rule import Rule
+    from finetune_cli.recipe.fix import Fixed
 
 Sink = Callable[[dict[str, Any]], None]
 out = Console(highlight=False, soft_wrap=True)
@@ -53,6 +54,16 @@ def warnings(problems: Iterable[Problem]) -> None:
         err.print(problem_line(problem))
 
 
+def fixed(recipe: Path, found: "Fixed") -> None:
+    """What `--fix` has done to the file, and what it has not."""
+    for move in found.moves:
+        out.print(f"{recipe}: {move.key} is now {move.target}", markup=False)
+    for move, reason in found.left:
+        err.print(f"{recipe}:{move.place.line}:{move.place.column}  {move.key}  left as it is: {reason}", markup=False)
+    if not found.moves:
+        out.print(f"{recipe}: nothing to put right", markup=False)
+
+
 def validated(recipe: Path, told: Mapping[str, Any], *, fast: bool, warnings: int) -> None:
     """The end of a check that found no error."""
     for name, report in told["rows"].items():
@@ -72,13 +83,14 @@ def weights_line(sizes: Mapping[str, Any]) -> str:
 
 def rules(known: Iterable["Rule"]) -> None:
     """Every rule on a line."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("id", "severity", "stage", "what"):
-        table.add_column(column, overflow="fold")
     for one in known:
-        table.add_row(one.id, one.severity, one.stages, escape(one.title))
-    out.print(table)
-    out.print("finetune explain ID says why, and what to do; `ignore: [ID]` in a recipe accepts a warning")
+        severity = (one.severity if one.checked else "held") + ("!" if one.error_when else "")
+        out.print(f"{one.id}  {severity:9} {one.title}", markup=False)
+    out.print(
+        "\nerror: stops a run; warning: `ignore: [ID]` accepts it; warning!: an error when it is bad; held: the "
+        "engine is made so\nfinetune explain ID says why, and what to do",
+        markup=False,
+    )
 
 
 def rule(one: "Rule") -> None:
@@ -93,14 +105,10 @@ def rule(one: "Rule") -> None:
         "what to do": one.remedy,
         "accept it": f"ignore: [{one.id}]" if one.can_be_ignored else "",
     }
-    table = Table.grid(padding=(0, 2))
-    table.add_column()
-    table.add_column(overflow="fold")
+    out.print(Text(f"{one.id}  {one.title}", style="bold"))
     for name, text in rows.items():
         if text:
-            table.add_row(Text(name, style="bold"), Text(text))
-    out.print(Text(f"{one.id}  {one.title}", style="bold"))
-    out.print(table)
+            out.print(Text.assemble((f"  {name:11}", "bold"), text))
 
 
 def origins(plan: Plan) -> None:

@@ -25,8 +25,12 @@ def untrained(seen: SeenRows) -> Iterator[Found]:
     for key, found in seen.encoded.items():
         for cause in NO_TARGETS:
             if number := found.report["dropped"].get(cause):
-                said = f"{share(number, found.report['read'])} are dropped as {cause}"
-                yield Found(key, f"{said}: {'; '.join(found.report['examples'][cause])}")
+                first, *more = found.report["examples"][cause]
+                said = (
+                    f"{share(number, found.report['read'])} are dropped as {cause}, the first {first.removesuffix('.')}"
+                )
+                then = ", ".join(line.partition(": ")[0].rpartition("/")[2] for line in more)
+                yield Found(key, said + (f", then {then}" if then else ""))
 
 
 def lengths(seen: SeenRows) -> Iterator[Found]:

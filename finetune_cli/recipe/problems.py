@@ -11,7 +11,7 @@ from finetune_cli.errors import Problem
 from finetune_cli.recipe import shape
 from finetune_cli.recipe.names import EXAMPLES, SWITCHES
 from finetune_cli.recipe.shape import METHOD, Slot, methods
-from finetune_cli.recipe.unknown import unknown_key
+from finetune_cli.recipe.unknown import Advice, unknown_key
 from finetune_cli.recipe.words import close, expected, found, remedy, short
 from finetune_cli.recipe.yaml import Node, Place
 from finetune_cli.spec import Spec
@@ -111,12 +111,9 @@ def _step(value: Any, step: str | int) -> Node | None:
 
 def _problem(error: Mapping[str, Any], spot: Spot, tree: Node, root: type[Spec]) -> Problem:
     node = spot.node or nearest(tree, spot.trail)
-    name = method_name(tree)
     kind = error["type"]
     if kind == "extra_forbidden":
-        above = nearest(tree, spot.trail[:-1])
-        valid = list(spot.block.fields(above.value))
-        return at(node.key or node.place, spot.trail, unknown_key(spot.trail, valid, root, name))
+        return at(node.key or node.place, spot.trail, _unknown(spot, tree, root).text)
     if kind in ("missing", "union_tag_not_found"):
         trail = spot.trail if kind == "missing" else (*spot.trail, "name")
         return at(node.key or node.place, trail, _missing(trail, spot.slot, root))
@@ -128,6 +125,22 @@ def _problem(error: Mapping[str, Any], spot: Spot, tree: Node, root: type[Spec])
     if kind in VALUE_ERRORS and spot.node is not None:
         return at(node.place, spot.trail, _wrong_value(spot, root))
     return at(node.place, spot.trail, error["msg"][:1].lower() + error["msg"][1:])
+
+
+def misnamed(error: ValidationError, tree: Node, root: type[Spec]) -> Iterator[tuple[Trail, Place, str]]:
+    """(where it is, place of the key, the dotted key that it stands for) of every unknown key of which that is
+    certain."""
+    for one in error.errors(include_url=False, include_input=False):
+        if one["type"] == "extra_forbidden":
+            spot = locate(one["loc"], tree, root)
+            target = _unknown(spot, tree, root).target
+            if spot.node is not None and spot.node.key is not None and target:
+                yield spot.trail, spot.node.key, target
+
+
+def _unknown(spot: Spot, tree: Node, root: type[Spec]) -> Advice:
+    valid = list(spot.block.fields(nearest(tree, spot.trail[:-1]).value))
+    return unknown_key(spot.trail, valid, root, method_name(tree))
 
 
 def method_name(tree: Node) -> str:

@@ -424,3 +424,41 @@ def test_nothing_heavy_is_imported(recipe_of, tmp_path, arguments):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+# --- put right in the file
+
+
+def test_fix_writes_the_file_and_goes_on(command, recipe_of):
+    path = recipe_of(lora=None, seed=3)
+    text = path.read_text() + "lora:  # adapters\n  rank: 4  # few\nuse_peft: true\n"
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    err = fails_after(command("validate", path, "--fast", "--fix"), 2, "lora.rank is now lora.r")
+    assert "use_peft" in err
+    after = path.read_bytes()
+    assert after == b"\xef\xbb\xbf" + text.replace("rank: 4", "r: 4").replace("\n", "\r\n").encode()
+    fails_after(command("validate", path, "--fast", "--fix"), 2, "nothing to put right")
+    assert path.read_bytes() == after
+
+
+def test_fix_in_json(command, recipe_of):
+    path = recipe_of(lora=None)
+    path.write_text(path.read_text() + "lora_r: 4\nlora_rank: 5\nlearningrate: 1\n")
+    code, out, _ = command("validate", path, "--fast", "--fix", "--json")
+    value = json.loads(out)
+    assert code == value["exit_code"] == 2
+    assert [sorted(one) for one in (*value["fixed"]["moved"], *value["fixed"]["left"])] == [["key", "reason", "to"]] * 3
+    assert "fixed" not in json.loads(command("validate", path, "--fast", "--json")[1])
+
+
+def test_fix_of_what_is_not_there(command, tmp_path):
+    fails(command("validate", "nowhere.yaml", "--fix"), 2, "no such file")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    fails(command("validate", "binary.yaml", "--fix"), 2, "binary.yaml")
+
+
+def fails_after(result, code, text):
+    found, out, err = result
+    assert found == code, err
+    assert text in out
+    return err

@@ -26,7 +26,7 @@ def test_ft001_rows_in_which_nothing_is_trained(of):
     rows = [*questions(30), EMPTY]
     (problem,) = of("FT001", rows=rows)
     assert problem.severity == "warning"
-    assert "1 of 31 rows (3.2%) are dropped as empty: " in problem.message
+    assert "1 of 31 rows (3.2%) are dropped as empty, the first " in problem.message
     assert "train.jsonl:31: messages[1].content is empty text" in problem.message
     (problem,) = of("FT001", rows=[*questions(10), EMPTY, EMPTY])
     assert (problem.severity, problem.line) == ("error", 11)

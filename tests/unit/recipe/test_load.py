@@ -369,3 +369,9 @@ def test_dump_stands_alone(read, good: str, tmp_path: Path) -> None:
     assert again.recipe == loaded.recipe
     assert again.data == loaded.data
     assert again.name == "elsewhere/r.yaml"
+
+
+def test_a_typo_in_an_item_is_answered_with_its_place(says, good: str) -> None:
+    text = good.replace("data: train.jsonl", "data: {train: [a.jsonl, {path: b.jsonl, wieght: 2}]}")
+    (line,) = says(text)
+    assert line.endswith("data.train[1].wieght  unknown key; did you mean data.train[1].weight?")
