@@ -82,6 +82,7 @@ def segments_attention(
         return out.transpose(1, 2).contiguous(), None
     assert attention_mask is not None
     layout.seen += 1
+    query, key, value = (lowered(x) for x in (query, key, value))
     chunked, local = attention_mask.shape[1] == 2, attention_mask.shape[3]
     plain = softcap is None and s_aux is None and dropout == 0.0
     if plain and query.device.type == "cpu" and layout.backend == "sdpa":
@@ -92,6 +93,13 @@ def segments_attention(
         kernel = flash_attention if layout.backend == "flash_attention_2" else varlen_attention
         return kernel(query, key, value, layout, scaling, local), None
     return by_segment(query, key, value, layout, (scaling, dropout, softcap, s_aux), local, chunked=chunked), None
+
+
+def lowered(x: Tensor) -> Tensor:
+    """In autocast's format, as the stock kernels are called: beside float32 weights the rotation makes queries and
+    keys float32 and leaves values in bfloat16."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def attend(

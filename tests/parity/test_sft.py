@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,6 +123,23 @@ def test_first_step_equals_stock_transformers(
     assert loss == pytest.approx(wanted.item(), rel=1e-5)
     assert norm == pytest.approx(norm_of(theirs), rel=1e-5)
     assert_equal_gradients(grads, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+@pytest.mark.parametrize("targets", ["all-linear", None], ids=["lora", "full"])
+def test_a_step_in_bfloat16_is_near_that_in_float32(targets, layout, recipe_of, job_of, tiny_model_folder, tmp_path):
+    """Weights that are trained stay float32 and are multiplied in bfloat16; rounding is all that differs."""
+    start = adapter(tiny_model_folder, tmp_path, targets) if targets else tiny_model_folder
+    model, train = {"name_or_path": str(start), "layout": layout}, {"max_grad_norm": 0, "learning_rate": "auto"}
+    steps = []
+    for precision in ("fp32", "bf16"):
+        path = recipe_of(rows=CHAT, lora=None, model=model, train={**train, "precision": precision})
+        steps.append(first_step(job_of(path)[0]))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    (loss, _, grads), (low_loss, _, low_grads) = steps
+    assert {g.dtype for g in low_grads.values()} == {torch.float32}
+    assert low_loss == pytest.approx(loss, rel=0.01)
+    assert_equal_gradients(low_grads, grads, 0.1)
 
 
 @pytest.mark.slow
