@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value; repeatable.")]
+Where = Literal["zero_loss", "overlength", "split"]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdout.")]
 
 
@@ -61,14 +62,18 @@ def validate(
 def preview_template(
     recipe: RecipeFile,
     set_: Sets = None,
-    row: Annotated[int | None, typer.Option(help="This row alone, counted from 0.")] = None,
-    n: Annotated[int, typer.Option("-n", help="This many rows.")] = 3,
+    row: Annotated[int | None, typer.Option(help="This row alone, counted from 0.", min=0)] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", help="This many rows: 3, with --html 200, with --json all.", min=1)
+    ] = None,
+    where: Annotated[Where | None, typer.Option(help="Only rows that are so.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one page for a browser.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what the model will see, token by token, and what is trained."""
     from finetune_cli import commands
 
-    raise typer.Exit(commands.preview(recipe, set_ or [], row=row, n=n, as_json=as_json))
+    raise typer.Exit(commands.preview(recipe, set_ or [], row=row, n=n, where=where, html=html, as_json=as_json))
 
 
 @app.command()

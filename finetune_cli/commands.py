@@ -226,15 +226,44 @@ def schema() -> int:
     return 0
 
 
-def preview(recipe: Path, overrides: Sequence[str], *, row: int | None, n: int, as_json: bool) -> int:
+SCREEN, PAGE = 3, 200
+"""Rows shown where no number is asked for."""
+
+
+def preview(
+    recipe: Path,
+    overrides: Sequence[str],
+    *,
+    row: int | None,
+    n: int | None,
+    where: str | None,
+    html: Path | None,
+    as_json: bool,
+) -> int:
     from finetune_cli import log
-    from finetune_cli.data.preview import previews
+    from finetune_cli.data.preview import previews, search
+    from finetune_cli.data.sheets import packing, sheets
     from finetune_cli.engine.prepare import bind
+    from finetune_cli.use import preview_html, preview_text
 
     loaded, facts = opened(recipe, overrides)
     present(loaded)
     log.setup()
-    chat = bind(loaded.recipe, facts).chat
-    for item in previews(loaded.recipe, chat, rows=None if row is None else [row], most=None if as_json else n):
-        show.to_stdout(item.to_json()) if as_json else show.out.print(show.preview(item))
+    chat, rows = bind(loaded.recipe, facts).chat, None if row is None else [row]
+    if as_json:
+        for item in previews(loaded.recipe, chat, rows=rows, where=where, most=n):
+            show.to_stdout(item.to_json())
+    if as_json and html is None:
+        return 0
+    bins, packed = packing(loaded.recipe, chat)
+    most = n if n is not None else SCREEN if html is None else PAGE
+    found = search(loaded.recipe, chat, rows=rows, where=where, most=most)
+    most_tokens = loaded.recipe.data.max_length
+    pages = (sheet for one in found for sheet in sheets(one, chat, max_length=most_tokens, bins=bins))
+    if html is not None:
+        told = list(pages)
+        preview_html.write(html, told, title=recipe.name, packed=packed)
+        show.err.print(f"wrote {html}: {len({sheet.row for sheet in told})} rows", markup=False)
+        return 0
+    preview_text.show(show.out, pages, packed=packed, where=where)
     return 0

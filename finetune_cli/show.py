@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -340,35 +340,6 @@ def load_line(plan: Plan, run: str) -> str:
     return f'in Python: {loader}.from_pretrained("{run}")'
 
 
-TRAINED = ("white on #1b5e20", "white on #33803a")
-CONTEXT = ("", "dim")
-"""Two shades each, so that one token ends where the next begins."""
-
-
-def tokens(texts: Sequence[str], trained: Sequence[bool]) -> Text:
-    """Tokens in a row, what is trained in green, control characters visible."""
-    text = Text()
-    for n, (token, is_trained) in enumerate(zip(texts, trained, strict=True)):
-        style = (TRAINED if is_trained else CONTEXT)[n % 2]
-        visible = token.replace("\n", "⏎\n")
-        text.append(visible, style=style)
-    return text
-
-
 def to_stdout(value: Any) -> None:
     """One JSON value on stdout."""
     sys.stdout.write(to_json(value) + "\n")
-
-
-def preview(item: Any) -> Group:
-    """One previewed branch: a line of facts, its tokens, and what is odd about it."""
-    if item.error is not None:
-        return Group(Text(f"row {item.row}  cannot be rendered: {item.error[1]}", style="red"), Text(""))
-    part = "" if item.part is None else f" part {item.part}"
-    head = f"row {item.row}{part} {item.branch}: {len(item.input_ids)} tokens, {sum(item.trained)} trained (green)"
-    lines = [Text(head, style="bold")]
-    if item.dropped is not None:
-        lines.append(Text(f"dropped: {item.dropped}", style="red"))
-    lines.append(tokens(item.pieces, item.trained))
-    lines += [Text(f"{name}: {message}", style="yellow") for name, message in item.warnings]
-    return Group(*lines, Text(""))

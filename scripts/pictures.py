@@ -15,10 +15,12 @@ from rich.console import Console
 
 from finetune_cli import show
 from finetune_cli.commands import opened
-from finetune_cli.data.preview import previews
+from finetune_cli.data.preview import search
+from finetune_cli.data.sheets import sheets
 from finetune_cli.engine.prepare import bind
 from finetune_cli.errors import FinetuneError
 from finetune_cli.plan.resolve import Plan
+from finetune_cli.use.preview_text import show as show_rows
 
 HERE = Path(__file__).resolve().parent.parent
 PICTURES = HERE / "docs" / "pictures"
@@ -62,9 +64,10 @@ def error_screen() -> None:
 
 def preview_screen() -> None:
     loaded, facts = opened(HERE / "recipes" / "quickstart.yaml", [])
-    picture = console()
-    for item in previews(loaded.recipe, bind(loaded.recipe, facts).chat, rows=None, most=2):
-        picture.print(show.preview(item))
+    picture, chat = console(), bind(loaded.recipe, facts).chat
+    found = search(loaded.recipe, chat, most=2)
+    pages = (sheet for one in found for sheet in sheets(one, chat, max_length=loaded.recipe.data.max_length, bins={}))
+    show_rows(picture, pages, packed="", where=None)
     save(picture, "preview", "finetune preview-template recipes/quickstart.yaml -n 2")
 
 

@@ -48,6 +48,11 @@ class Chat:
         style = Style(template, renderer(tokenizer, template), stops, specials, template_mismatch) if template else None
         return cls(tokenizer, Encoder.bind(tokenizer), specials, style)
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The strings that end a turn."""
+        return self.style.stops if self.style else ()
+
     def noting(self, note: Callable[[str, str], None]) -> Self:
         return replace(self, note=note)
 
@@ -87,6 +92,11 @@ class Chat:
         turn: Turn = self.in_some_form(row, messages, lambda script: script.best(last))
         answer = text_of(messages[last].get("content")) or turn.answer[: len(turn.answer) - turn.stop]
         return Prompt(self.encoder.one(turn.prompt), turn.prompt, answer)
+
+    def feeds(self, row: Mapping[str, Any], messages: list[Message]) -> str:
+        """What inference feeds the model after some messages of a row: their render with a generation prompt."""
+        text: str = self.in_some_form(row, messages, lambda script: script.upto(len(messages), {}, prompt=True))
+        return text
 
     def rows(self, row: Mapping[str, Any], messages: list[Message], *, loss_on: str, first: int = 0) -> Iterator[Row]:
         for i, message in enumerate(messages):

@@ -37,21 +37,29 @@ class RowSets:
 def load_rows(recipe: Recipe, chat: Chat) -> RowSets:
     """Raises DataError where too many rows are dropped, or none is left."""
     data, method, asked = recipe.data, recipe.method, recipe.eval
-    train = encoded(method, data.train, chat, data, seed=recipe.seed)
-    train_rows, held = split_eval(train.rows, data.eval_split, recipe.seed)
+    train, held = train_rows(recipe, chat)
     number = asked.metric_rows if asked.metric is not None else asked.sample_prompts
     evals: dict[str, tuple[Encoded, list[Prompt]]] = {}
     if held:
         report = {**train.report, "read": len(held), "kept": len(held), "dropped": {}, "truncated": 0}
         evals[""] = Encoded(held, report), prompts(recipe, data.train, held, chat, number)
-        train = Encoded(train_rows, {**train.report, "held_out": len({row.source for row in held})})
     for name, source in (data.eval_sets or {}).items():
         found = encoded(method, [source], chat, data, seed=recipe.seed)
         if name in evals:
             raise DataError("data.eval_sets and data.eval_split both make the unnamed set", "Keep one of them.")
         evals[name] = found, prompts(recipe, [source], found.rows, chat, number)
-    wanted = [] if evals else train_rows[: asked.sample_prompts]
+    wanted = [] if evals else train.rows[: asked.sample_prompts]
     return RowSets(train, prompts(recipe, data.train, wanted, chat, asked.sample_prompts), evals)
+
+
+def train_rows(recipe: Recipe, chat: Chat) -> tuple[Encoded, list[Row]]:
+    """The rows to train on, and those held out by `eval_split`."""
+    data = recipe.data
+    found = encoded(recipe.method, data.train, chat, data, seed=recipe.seed)
+    rows, held = split_eval(found.rows, data.eval_split, recipe.seed)
+    if not held:
+        return found, []
+    return Encoded(rows, {**found.report, "held_out": len({row.source for row in held})}), held
 
 
 def prompts(recipe: Recipe, sources: Sequence[Source], rows: Sequence[Row], chat: Chat, number: int) -> list[Prompt]:

@@ -346,6 +346,20 @@ def test_preview_in_json(command, recipe_of):
     assert all(len(row["input_ids"]) == len(row["trained"]) for row in rows)
 
 
+def test_preview_on_screen_and_as_a_page(command, recipe_of, tmp_path):
+    recipe = recipe_of()
+    code, out, _ = command("preview-template", recipe)
+    assert (code, out.count("▌assistant")) == (0, 3)
+    code, out, err = command("preview-template", recipe, "--html", "page.html", "-n", "5")
+    assert (code, out, "5 rows" in err) == (0, "", True)
+    assert (tmp_path / "page.html").read_text().count('class="row') == 5
+    code, out, _ = command("preview-template", recipe, "--json", "-n", "2")
+    assert (code, len(out.splitlines())) == (0, 2)
+    code, out, _ = command("preview-template", recipe, "--where", "overlength", "--json")
+    assert (code, out) == (0, "")
+    fails(command("preview-template", recipe, "--row", "12"), 3, "there is no row 12", "12 rows")
+
+
 # --- looking things up
 
 
