@@ -7,7 +7,7 @@ import shutil
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ def write(
     try:
         save_model(model, tokenizer, beside)
         for name, value in training.items():
-            torch.save(value, beside / f"{name}.pt")
+            save_state(value, beside / f"{name}.pt")
         (beside / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest.seal(beside, {"step": state["global_step"], **(about or {})})
         announce()
@@ -73,6 +73,40 @@ def write(
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)  # room for those that are whole
         raise
+
+
+def save_state(value: Any, path: Path) -> None:
+    """torch.save, except that a disk without room is the OSError that it is: PyTorch's own writer calls it a failure
+    of its position."""
+    with path.open("wb") as file:
+        careful: Any = _Careful(file)
+        try:
+            torch.save(value, careful)
+        except RuntimeError:
+            if careful.failed is not None:
+                raise careful.failed from None
+            raise
+
+
+class _Careful:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.failed is not None:
+            return len(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failed = error
+            raise
+
+    def flush(self) -> None:
+        if self.failed is None:
+            self.file.flush()
 
 
 def load_training(folder: Path, names: Sequence[str]) -> dict[str, Any]:

@@ -8,17 +8,17 @@ from finetune_cli.engine.health import counted
 from finetune_cli.engine.job import Job
 from finetune_cli.engine.loop import Progress
 from finetune_cli.engine.lora import sizes
-from finetune_cli.engine.manifest import MANIFEST, PREFIX, WRITING, flush, write_text
+from finetune_cli.engine.manifest import MANIFEST, PREFIX, flush, whole, write_text
 from finetune_cli.log import to_json
 
-NOT_THE_RESULT = ("optimizer.pt", "scheduler.pt", "scaler.pt", MANIFEST, "trainer_state.json")
+NOT_THE_RESULT = (MANIFEST, "trainer_state.json")
 
 
 def finish(job: Job, progress: Progress, lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Copy the best (or last) checkpoint's model into the run folder and write report.json. First process only."""
     step, run = chosen(job, progress), job.plan.run
     for path in sorted((run / f"{PREFIX}{step}").iterdir()):
-        if path.name not in NOT_THE_RESULT and not path.name.startswith("rng_"):
+        if path.name not in NOT_THE_RESULT and path.suffix != ".pt":
             copy(path, run / path.name)
     report = make_report(job, progress, step) | {"health": counted(lines)}
     state = {"global_step": progress.step, "epoch": progress.step / job.schedule.steps_per_epoch, "log_history": lines}
@@ -31,10 +31,8 @@ def finish(job: Job, progress: Progress, lines: list[dict[str, Any]]) -> dict[st
 
 def copy(source: Path, target: Path) -> None:
     """Whole or not at all."""
-    beside = target.with_name(target.name + WRITING)
-    shutil.copy2(source, beside)
-    flush(beside)
-    beside.replace(target)
+    with whole(target) as beside:
+        shutil.copy2(source, beside)
 
 
 def chosen(job: Job, progress: Progress) -> int:

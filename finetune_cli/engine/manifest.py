@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +120,23 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: beside, flushed, renamed."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which then is flushed and takes its name; or goes, where that failed."""
     beside = path.with_name(path.name + WRITING)
-    beside.write_text(text, encoding="utf-8")
-    flush(beside)
-    beside.replace(path)
+    try:
+        yield beside
+        flush(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    with whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
