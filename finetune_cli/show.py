@@ -336,8 +336,11 @@ def closing(plan: Plan, report: Mapping[str, Any]) -> Group:
 
 
 def load_line(plan: Plan, run: str) -> str:
-    loader = "peft.AutoPeftModelForCausalLM" if plan.recipe.lora else "transformers.AutoModelForCausalLM"
-    return f'in Python: {loader}.from_pretrained("{run}")'
+    adapted = plan.recipe.lora is not None or plan.facts.kind == "adapter"
+    kind = "CausalLM" if plan.recipe.method.generates else "SequenceClassification"
+    loader = f"peft.AutoPeftModelFor{kind}" if adapted else f"transformers.AutoModelFor{kind}"
+    labels = plan.recipe.method.labels()
+    return f'in Python: {loader}.from_pretrained("{run}"{"" if labels is None else f", num_labels={labels}"})'
 
 
 def to_stdout(value: Any) -> None:

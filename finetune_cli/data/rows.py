@@ -39,6 +39,7 @@ def load_rows(recipe: Recipe, chat: Chat) -> RowSets:
     data, method, asked = recipe.data, recipe.method, recipe.eval
     train, held = train_rows(recipe, chat)
     number = asked.metric_rows if asked.metric is not None else asked.sample_prompts
+    number = number if method.generates else 0
     evals: dict[str, tuple[Encoded, list[Prompt]]] = {}
     if held:
         report = {**train.report, "read": len(held), "kept": len(held), "dropped": {}, "truncated": 0}
@@ -48,7 +49,7 @@ def load_rows(recipe: Recipe, chat: Chat) -> RowSets:
         if name in evals:
             raise DataError("data.eval_sets and data.eval_split both make the unnamed set", "Keep one of them.")
         evals[name] = found, prompts(recipe, [source], found.rows, chat, number)
-    wanted = [] if evals else train.rows[: asked.sample_prompts]
+    wanted = [] if evals else train.rows[: asked.sample_prompts if method.generates else 0]
     return RowSets(train, prompts(recipe, data.train, wanted, chat, asked.sample_prompts), evals)
 
 

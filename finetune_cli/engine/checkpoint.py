@@ -26,7 +26,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     finally:
         model.config.use_cache = use_cache
     tokenizer.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; the run writes its own
 
 

@@ -82,6 +82,7 @@ def card(job: Job, report: dict[str, Any]) -> str:
     """A model card: what was trained on what, and the numbers before and after."""
     recipe, adapted = job.plan.recipe, (job.plan.run / "adapter_config.json").exists()
     library = "peft" if adapted else "transformers"
+    task = "text-generation" if recipe.method.generates else "text-classification"
     base = recipe.model.name_or_path
     rows = "".join(
         f"| {name} | {value:.4g} | {report['last'][name]:.4g} |\n"
@@ -90,7 +91,7 @@ def card(job: Job, report: dict[str, Any]) -> str:
     )
     table = f"| | before | after |\n|---|---|---|\n{rows}" if rows else ""
     return (
-        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: [finetune, {recipe.method.name}]\n---\n\n"
+        f"---\nlibrary_name: {library}\npipeline_tag: {task}\ntags: [finetune, {recipe.method.name}]\n---\n\n"
         f"# {job.plan.run.name}\n\n"
         f"{'An adapter for' if adapted else 'A fine-tuned copy of'} `{Path(base).name if '/' in base else base}`, "
         f"trained with {recipe.method.name} on {report['rows']['kept']} rows "

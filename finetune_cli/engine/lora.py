@@ -11,14 +11,15 @@ from finetune_cli.errors import ModelError
 from finetune_cli.recipe.sections import Lora
 
 
-def attach(model: Any, lora: Lora) -> Any:
-    """The model with fresh adapters in float32, on the layers that `target_modules` names.
+def attach(model: Any, lora: Lora, *, classifies: bool = False) -> Any:
+    """The model with fresh adapters in float32, on the layers that `target_modules` names; a classifier's head is
+    trained and saved with them.
 
     Raises ModelError where it names none.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    config = LoraConfig(task_type=TaskType.CAUSAL_LM, **lora.model_dump())
+    config = LoraConfig(task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM, **lora.model_dump())
     try:
         return get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:  # peft: no layer matches

@@ -1,5 +1,7 @@
 """Models and tokenizers, loaded as the plan says."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from finetune_cli.errors import ModelError
 from finetune_cli.log import LOGGER
 from finetune_cli.plan.resolve import Plan
 from finetune_cli.recipe.sections import Model
+from finetune_cli.types import Row
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,16 @@ def _first(error: Exception) -> str:
 
 
 def load_stock(plan: Plan, location: Location, dtype: torch.dtype) -> Any:
-    """The bare causal language model, weights in `dtype`, never believing itself quantised because of a GGUF file."""
-    from transformers import AutoModelForCausalLM
+    """The bare model, weights in `dtype`, never believing itself quantised because of a GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    labels = plan.recipe.method.labels()
+    kind = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     stock = "eager" if plan.resolved.attn_implementation == "eager" else "sdpa"
     kwargs = {**location.kwargs, "dtype": dtype, "attn_implementation": stock, **quantised(plan)}
+    kwargs |= {} if labels is None else {"num_labels": labels}
     try:
-        model = AutoModelForCausalLM.from_pretrained(location.name, **kwargs)
+        model = kind.from_pretrained(location.name, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{location.name} cannot be loaded: {_first(error)}", HUB_HINT) from error
     if "gguf_file" in location.kwargs:
@@ -92,6 +98,7 @@ def quantised(plan: Plan) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     told = {**asked.model_dump(), "bnb_4bit_compute_dtype": plan.resolved.bnb_4bit_compute_dtype}
+    told |= {} if plan.recipe.method.labels() is None else {"llm_int8_skip_modules": ["score"]}
     return {"quantization_config": BitsAndBytesConfig(**told), "device_map": {"": PartialState().device}}
 
 
@@ -108,6 +115,12 @@ def load_policy(plan: Plan, location: Location) -> Any:
     recipe = plan.recipe
     adapted = recipe.lora is not None or location.adapter is not None
     dtype = getattr(torch, plan.resolved.dtype if adapted else "float32")
+    classifies = recipe.method.labels() is not None
+    if location.adapter is not None and is_classifier(location.adapter) != classifies:
+        raise ModelError(
+            f"the adapter {location.adapter} is {'not ' if classifies else ''}one of a sequence classifier",
+            f"{recipe.method.name} needs {'one, or a model without adapter' if classifies else 'a language model'}.",
+        )
     model = load_stock(plan, location, dtype)
     if location.adapter is not None:
         from peft import PeftModel
@@ -115,11 +128,36 @@ def load_policy(plan: Plan, location: Location) -> Any:
         model = PeftModel.from_pretrained(model, location.adapter, is_trainable=True, autocast_adapter_dtype=True)
     elif recipe.lora is not None:
         torch.manual_seed(recipe.seed)  # the adapters' own draw, whatever was drawn before
-        model = lora.attach(model, recipe.lora)
+        model = lora.attach(model, recipe.lora, classifies=classifies)
+    for p in model.parameters():
+        if p.requires_grad:  # peft leaves modules that are trained in full as they were loaded
+            p.data = p.data.float()
     lora.hasten(model)
     if plan.resolved.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def is_classifier(adapter: str) -> bool:
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    return bool(config.get("task_type") == "SEQ_CLS")
+
+
+def settle_pad(model: Any, tokenizer: Any, rows: Sequence[Row]) -> None:
+    """Give a classifier a pad token that no row ends in: transformers reads its score at the last token that is no pad.
+
+    The tokenizer's own where it may stay, else another of its special tokens; both are saved with the result.
+    """
+    ends = {(branch.ids or row.prefix)[-1] for row in rows for branch in row.branches}
+    known = [tokenizer.pad_token_id, tokenizer.unk_token_id, *sorted(tokenizer.added_tokens_decoder)]
+    free = next((i for i in known if i is not None and i not in ends and i != tokenizer.eos_token_id), None)
+    pad = tokenizer.pad_token_id
+    if pad is None or pad in ends:
+        if free is None:
+            raise ModelError("the tokenizer has no token to pad with", "Use a tokenizer with a pad token.")
+        tokenizer.pad_token_id = pad = free
+    model.config.get_text_config().pad_token_id = pad
+    model.config.pad_token_id = pad
 
 
 def declared_stops(location: Location, tokenizer: Any) -> list[int]:

@@ -18,7 +18,7 @@ from finetune_cli.engine.events import Sink
 from finetune_cli.engine.job import EvalSet, Job
 from finetune_cli.engine.loop import Progress, total_steps
 from finetune_cli.engine.lora import sizes
-from finetune_cli.engine.role import Role
+from finetune_cli.engine.role import role_of
 from finetune_cli.engine.signals import Stop
 from finetune_cli.errors import ModelError, RecipeError
 from finetune_cli.log import LOGGER
@@ -85,7 +85,9 @@ def build(
     torch.manual_seed(recipe.seed)
     model = models.load_policy(plan, location)
     check_vocabulary(model, words.tokenizer)
-    role = Role(model, noise_alpha=recipe.method.embedding_noise(), agreement=recipe.method.token_agreement())
+    if recipe.method.labels() is not None:
+        models.settle_pad(model, words.tokenizer, sets.train.rows)
+    role = role_of(model, recipe.method)
     padded_because = layout.choose(role.stock, recipe.model)
     trained, every = sizes(role)
     optimizer = optim.build(role, recipe.train, plan.resolved.learning_rate)

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from finetune_cli.data.batches import Batch
 from finetune_cli.engine.score import find_head, log_agreement, score, trunk_of
-from finetune_cli.types import Scores
+from finetune_cli.errors import ModelError
+from finetune_cli.methods import Method
+from finetune_cli.types import Rewards, Scores
 
 
-class Role(nn.Module):
-    """A language model as a method sees it: it takes a batch and gives log-probabilities."""
+class Backbone(nn.Module):
+    """A model that is asked for its states at some places of a batch."""
 
-    def __init__(self, model: nn.Module, *, noise_alpha: float | None = None, agreement: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, noise_alpha: float | None = None) -> None:
         super().__init__()
         self.model = model
         self.noise_alpha = noise_alpha
-        self.agreement = agreement
-        self._head = find_head(self.stock)
 
     @property
     def stock(self) -> Any:
@@ -36,12 +36,48 @@ class Role(nn.Module):
         noise_BTD = torch.empty_like(embeddings_BTD, dtype=torch.float32).uniform_(-1, 1) * size_BT1
         return embeddings_BTD + noise_BTD.to(embeddings_BTD.dtype)
 
-    def forward(self, batch: Batch) -> Scores:
+    def states(self, batch: Batch, place_N: Tensor) -> Tensor:
+        """Hidden states at places in the flattened tokens. [N, D]"""
         inputs = batch.inputs()
         if self.noise_alpha is not None and self.training:
             inputs["inputs_embeds"] = self.noisy(batch, inputs.pop("input_ids"), self.noise_alpha)
         out = trunk_of(self.stock)(**inputs)
-        h_ND = out.last_hidden_state.flatten(0, 1)[batch.read_N]
+        h_ND: Tensor = out.last_hidden_state.flatten(0, 1)[place_N]
+        return h_ND
+
+
+class Role(Backbone):
+    """A language model as a method sees it: it takes a batch and gives log-probabilities."""
+
+    def __init__(self, model: nn.Module, *, noise_alpha: float | None = None, agreement: bool = False) -> None:
+        super().__init__(model, noise_alpha=noise_alpha)
+        self.agreement = agreement
+        self._head = find_head(self.stock)
+
+    def forward(self, batch: Batch) -> Scores:
+        h_ND = self.states(batch, batch.read_N)
         logps_N, correct_N, entropy_N = score(self._head, h_ND, batch.label_N, measure=batch.measure)
         agreement_N = log_agreement(self._head, h_ND) if self.agreement else None
         return Scores(logps_N, batch.owner_N, correct_N, entropy_N, agreement_N)
+
+
+class RewardRole(Backbone):
+    """A sequence classifier: it takes a batch and gives scores, read where each sequence ends, in float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if not hasattr(self.stock, "score"):
+            raise ModelError(f"{type(self.stock).__name__} has no `score` head", "Use a decoder of another family.")
+
+    def forward(self, batch: Batch) -> Rewards:
+        h_RD = self.states(batch, batch.last_R)
+        with torch.autocast(h_RD.device.type, enabled=False):
+            reward_RK: Tensor = self.stock.score(h_RD.float())
+        return Rewards(reward_RK)
+
+
+def role_of(model: nn.Module, method: Method) -> Backbone:
+    """The module that a method asks."""
+    if method.labels() is not None:
+        return RewardRole(model)
+    return Role(model, noise_alpha=method.embedding_noise(), agreement=method.token_agreement())

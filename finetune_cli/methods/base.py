@@ -72,6 +72,8 @@ class Method(Spec):
     roles: ClassVar[tuple[str, ...]] = ("policy",)
     remembers: ClassVar[tuple[str, ...]] = ()
     """Names in `Row.extra` of what is kept of the reference."""
+    generates: ClassVar[bool] = True
+    """Whether what is trained answers prompts, so that samples and generation metrics have a meaning."""
     lora_rates: ClassVar[LearningRates]
     full_rates: ClassVar[LearningRates]
 

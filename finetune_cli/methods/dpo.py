@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from finetune_cli.methods.base import LearningRates, Reference, Start
-from finetune_cli.methods.pairwise import Pairwise, live, numbers, sums
+from finetune_cli.methods.pairwise import Pairwise, averages, live, measured, numbers, sums, whole
 from finetune_cli.spec import InputPath, OneOrMany
 from finetune_cli.types import Counts, Layout, Loss, Models, Scores
 
@@ -306,13 +306,12 @@ class Dpo(Pairwise):
         loss_B = self.per_pair(x, counts)
         if scores.log_agreement_N is not None:
             loss_B = loss_B * wpo(scores, 2 * len(batch.rows))
-        live_B = live(batch, loss_B)
-        total = (loss_B * live_B).sum() / counts.rows
-        return Loss(total, self.metrics(batch, scores, x, live_B) | whole(total, batch, counts))
+        total = (loss_B * live(batch, loss_B)).sum() / counts.rows
+        return Loss(total, self.metrics(batch, scores, x) | whole(total, batch, counts))
 
-    def metrics(self, batch: Layout, scores: Scores, x: Pairs, live_B: "Tensor") -> dict[str, Any]:
+    def metrics(self, batch: Layout, scores: Scores, x: Pairs) -> dict[str, Any]:
         """Under TRL's names; rewards are beta a."""
-        r_w, r_l, count = self.beta * x.a_w.detach(), self.beta * x.a_l.detach(), batch.counts.rows
+        r_w, r_l = self.beta * x.a_w.detach(), self.beta * x.a_l.detach()
         values = {
             "rewards/chosen": r_w,
             "rewards/rejected": r_l,
@@ -321,7 +320,7 @@ class Dpo(Pairwise):
             "logps/chosen": x.lp_w.detach(),
             "logps/rejected": x.lp_l.detach(),
         }
-        return {name: ((value * live_B).sum(), count) for name, value in values.items()} | measured(batch, scores)
+        return averages(batch, values) | measured(batch, scores)
 
 
 def beyond(owner_N: "Tensor", size: int, alpha: float) -> "Tensor":
@@ -340,19 +339,3 @@ def wpo(scores: Scores, size: int) -> "Tensor":
     value_N = scores.logps_N.detach() - scores.log_agreement_N
     mean_R = sums(value_N, scores.owner_N, size) / scores.owner_N.bincount(minlength=size).clamp(min=1)
     return mean_R.view(-1, 2).sum(1).exp()
-
-
-def whole(total: "Tensor", batch: Layout, counts: Counts) -> dict[str, Any]:
-    """The loss as it is logged: shares add up to it within a step, steps count by their pairs."""
-    return {"loss": (total.detach() * counts.rows, batch.counts.rows)}
-
-
-def measured(batch: Layout, scores: Scores) -> dict[str, Any]:
-    """Entropy over both answers, accuracy over the chosen ones, as TRL has them."""
-    if scores.correct_N is None or scores.entropy_N is None:
-        return {}
-    chosen_N = (scores.owner_N % 2 == 0) & (scores.owner_N < 2 * len(batch.rows))
-    return {
-        "entropy": (scores.entropy_N.sum(), batch.counts.tokens),
-        "mean_token_accuracy": (scores.correct_N[chosen_N].sum(), batch.counts.named["chosen"]),
-    }

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from finetune_cli.methods.base import Method
-from finetune_cli.types import Layout, Render, Row
+from finetune_cli.types import Counts, Layout, Render, Row, Scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,27 @@ def live(batch: Layout, like: "Tensor") -> "Tensor":
 def numbers(batch: Layout, names: Sequence[str], like: "Tensor") -> "Tensor":
     """Numbers that every row brings. [B, len(names)]"""
     return like.new_tensor([[row.extra[name] for name in names] for row in batch.rows])
+
+
+def averages(batch: Layout, values: Mapping[str, "Tensor"]) -> dict[str, Any]:
+    """Numbers of each pair [B] as (sum, count), as they are logged."""
+    return {name: ((value * live(batch, value)).sum(), batch.counts.rows) for name, value in values.items()}
+
+
+def whole(total: "Tensor", batch: Layout, counts: Counts) -> dict[str, Any]:
+    """The loss as it is logged: shares add up to it within a step, steps count by their pairs."""
+    return {"loss": (total.detach() * counts.rows, batch.counts.rows)}
+
+
+def measured(batch: Layout, scores: Scores) -> dict[str, Any]:
+    """Entropy over both answers, accuracy over the chosen ones, as TRL has them."""
+    if scores.correct_N is None or scores.entropy_N is None:
+        return {}
+    chosen_N = (scores.owner_N % 2 == 0) & (scores.owner_N < 2 * len(batch.rows))
+    return {
+        "entropy": (scores.entropy_N.sum(), batch.counts.tokens),
+        "mean_token_accuracy": (scores.correct_N[chosen_N].sum(), batch.counts.named["chosen"]),
+    }
 
 
 class Pairwise(Method):
