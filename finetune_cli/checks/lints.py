@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 
 from finetune_cli.checks.rule import Found, Seen, counted
+from finetune_cli.methods.base import Shape
 
 OPTIMISERS = (
     "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "adamw_bnb_8bit",
@@ -125,6 +126,17 @@ def quantised(seen: Seen) -> Iterator[Found]:
         yield Found("quantization", "needs lora: (quantised weights cannot be trained)", "add `lora: {}`")
     if seen.recipe.model.name_or_path.endswith(".gguf"):
         yield Found("quantization", "a .gguf file is quantised already, and read to full width", "remove this")
+
+
+def method_misfits(seen: Seen) -> Iterator[Found]:
+    """Settings of the method that do not fit how a step is made, and metrics of what gives no answers."""
+    resolved, recipe = seen.plan.resolved, seen.recipe
+    forwards = resolved.gradient_accumulation_steps * resolved.num_processes
+    shape = Shape(adapters=seen.adapted, forwards=forwards, rows=recipe.train.per_device_train_batch_size)
+    for key, evidence, severity in recipe.method.misfits(shape):
+        yield Found(key, evidence, severity="error" if severity == "error" else "warning")
+    if recipe.eval.metric is not None and not recipe.method.generates:
+        yield Found("eval.metric", f"{recipe.method.name} trains no model that answers", "take it out", "error")
 
 
 def output_dir(seen: Seen) -> Iterator[Found]:

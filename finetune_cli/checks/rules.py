@@ -290,7 +290,7 @@ RULES: tuple[Rule, ...] = (
         "transformers 35352).",
         "nothing: rows are read by their length",
         held="Positions come from lengths, in both layouts.",
-        proof="tests/unit/data/test_batches.py::test_padded_repeats_the_prefix",
+        proof="tests/parity/test_reward.py::test_what_is_saved_scores_alike_padded_left_right_or_not",
     ),
     Rule(
         "FT029",
@@ -420,6 +420,16 @@ RULES: tuple[Rule, ...] = (
         "`ignore:` accepts warnings by their rule. A wrong id would accept nothing, and errors stay errors.",
         "take it out",
         lint=ignored,
+    ),
+    Rule(
+        "FT111",
+        "settings of the method that do not fit the run",
+        "warning",
+        "A loss that sorts its batch sees only the pairs of one forward, so accumulation and processes change it; some "
+        "settings are defined for all weights only, some metrics only for models that answer.",
+        "raise train.per_device_train_batch_size, or choose another setting",
+        error_when="the setting has no meaning in this run",
+        lint=lints.method_misfits,
     ),
 )
 BY_ID = {rule.id: rule for rule in RULES}

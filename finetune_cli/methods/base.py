@@ -19,6 +19,18 @@ class LearningRates:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """How an optimiser step is made, as far as a method may mind."""
+
+    adapters: bool
+    """Adapters are trained, not all weights."""
+    forwards: int
+    """Forwards of a step, over all processes."""
+    rows: int
+    """Rows in one forward."""
+
+
+@dataclass(frozen=True)
 class Start:
     """What a run starts from, as far as a reference depends on it."""
 
@@ -116,6 +128,10 @@ class Method(Spec):
     def reference_settings(self) -> dict[str, float | None]:
         """The method's own settings that `remembered` depends on."""
         return {}
+
+    def misfits(self, shape: Shape) -> Iterator[tuple[str, str, str]]:  # noqa: ARG002
+        """(key, evidence, error | warning) of the method's own settings that do not fit how a step is made."""
+        yield from ()
 
     @abstractmethod
     def encode(self, row: Mapping[str, Any], shape: str, render: Render) -> Iterator[Row]:

@@ -9,13 +9,13 @@ pair; the mean is over the pairs of the whole optimiser step, whatever the batch
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from finetune_cli.methods.base import LearningRates, Reference, Start
+from finetune_cli.methods.base import LearningRates, Reference, Shape, Start
 from finetune_cli.methods.pairwise import Pairwise, averages, live, measured, numbers, sums, whole
 from finetune_cli.spec import InputPath, OneOrMany
 from finetune_cli.types import Counts, Layout, Loss, Models, Scores
@@ -235,6 +235,17 @@ class Dpo(Pairwise):
         if self.sync_ref_model and self.ref_model not in (None, "start"):
             raise ValueError("sync_ref_model moves a copy of the policy; remove ref_model")
         return self
+
+    def misfits(self, shape: Shape) -> Iterator[tuple[str, str, str]]:
+        sorting = [kind for kind in self.loss_type if kind.startswith("aot")]
+        if sorting and (shape.forwards > 1 or shape.rows == 1):
+            said = (
+                f"{sorting[0]} sorts the {shape.rows} pairs of each forward apart; a step has {shape.forwards} of them"
+            )
+            yield "method.loss_type", said, "warning"
+        if self.sync_ref_model and shape.adapters and self.ref_model_mixup_alpha < 1:
+            said = "a mixture of two adapters' factors is not the mixture of the models; with adapters it must be 1"
+            yield "method.ref_model_mixup_alpha", said, "error"
 
     def token_agreement(self) -> bool:
         return self.use_weighting

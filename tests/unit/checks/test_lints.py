@@ -96,3 +96,21 @@ def test_ft105_output_dir_is_an_input(of, tiny_model_folder, tmp_path):
         assert "model.name_or_path" in problem.message
     assert of("FT105", fast=True, output_dir=str(tmp_path / "new")) == []
     assert of("FT105", fast=True, output_dir=str(tmp_path)) == [], "the folder of the rows is no input itself"
+
+
+@pytest.mark.parametrize(
+    ("method", "sections", "wanted"),
+    [
+        ({"name": "dpo", "loss_type": "aot"}, {}, [("method.loss_type", "warning")]),
+        ({"name": "dpo", "loss_type": "aot"}, {"train": {"per_device_train_batch_size": 4}}, []),
+        ({"name": "dpo"}, {}, []),
+        ({"name": "dpo", "sync_ref_model": True}, {}, [("method.ref_model_mixup_alpha", "error")]),
+        ({"name": "dpo", "sync_ref_model": True, "ref_model_mixup_alpha": 1.0}, {}, []),
+        ({"name": "dpo", "sync_ref_model": True}, {"lora": None}, []),
+        ({"name": "reward"}, {"eval": {"metric": "exact_match"}}, [("eval.metric", "error")]),
+    ],
+)
+def test_ft111_settings_of_the_method(of, method, sections, wanted):
+    train = {"learning_rate": "auto", **sections.pop("train", {})}
+    found = of("FT111", fast=True, method=method, train=train, **sections)
+    assert [(p.key, p.severity) for p in found] == wanted
