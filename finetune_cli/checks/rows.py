@@ -220,8 +220,7 @@ def pair(row: Row) -> tuple[Branch, Branch] | None:
 
 def says(answer: Branch, seen: SeenRows, quiet: set[int]) -> bool:
     """Whether an answer holds more than white space and special tokens."""
-    said = [i for i, trained in zip(answer.ids, answer.trained, strict=True) if trained and i not in quiet]
-    return any(seen.tokenizer.decode([i]).strip() for i in said)
+    return any(seen.tokenizer.decode([i]).strip() for i in answer.ids if i not in quiet)
 
 
 def length_bias(seen: SeenRows) -> Iterator[Found]:
@@ -230,7 +229,7 @@ def length_bias(seen: SeenRows) -> Iterator[Found]:
         both = [branches for row in found.rows if (branches := pair(row))]
         if len(both) < 2:
             continue
-        chosen, rejected = (fmean(sum(b.trained) for b in column) for column in zip(*both, strict=True))
+        chosen, rejected = (fmean(len(b.ids) for b in column) for column in zip(*both, strict=True))
         ratio = chosen / rejected if rejected else math.inf
         if not 1 / LONGER <= ratio <= LONGER:
             said = (
