@@ -36,7 +36,7 @@ def answers(
     model.eval()
     model.config.use_cache = True
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    with torch.random.fork_rng(devices=_cuda()), half_copies(model):
+    with torch.random.fork_rng(devices=_cuda()), half_copies(model), whole_states(model):
         torch.manual_seed(seed)
         for start in range(0, len(order), BATCH):
             if stop():
@@ -64,6 +64,18 @@ def half_copies(model: Any) -> Iterator[None]:
     finally:
         for p, master in masters:
             p.data = master
+
+
+@contextmanager
+def whole_states(model: Any) -> Iterator[None]:
+    """The head is given states that lie together. Of a prompt it gets the last position, a strided piece, for which
+    PyTorch's CPU product repeats the head's weight once a row: 50 prompts took 2.7 GiB for SmolLM2-135M."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _cuda() -> list[int]:

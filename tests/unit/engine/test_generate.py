@@ -119,3 +119,19 @@ def test_trained_weights_come_back_after_their_half_copies(tiny_model_folder, to
 
 def test_no_prompts_no_answers(model, tokenizer):
     assert answers(model, tokenizer, [], stop_ids=[4], max_new_tokens=6) == []
+
+
+def test_the_head_never_gets_a_strided_piece(model, tokenizer):
+    """For which PyTorch's product repeats the head's weight once a prompt."""
+    seen = []
+    real = type(model.lm_head).forward
+
+    def forward(self, states):
+        seen.append((states.shape[0], states.is_contiguous()))
+        return real(self, states)
+
+    model.lm_head.forward = forward.__get__(model.lm_head)
+    answers(model, tokenizer, prompts(tokenizer), stop_ids=[], max_new_tokens=3)
+    assert len(seen) == 3
+    assert all(found == (6, True) for found in seen)
+    assert not model.lm_head._forward_pre_hooks
