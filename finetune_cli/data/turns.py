@@ -5,7 +5,7 @@ That is found by the messages' own text and by the tokens that end turns. It ord
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from typing import Any, Literal, Self
 
 from finetune_cli.data.chat import Chat
@@ -15,6 +15,8 @@ State = Literal["trained", "context", "cut"]
 UNKNOWN = "\ufffd"
 BY_TEMPLATE = "(template)"
 """What a template writes before the first message: its own system prompt, say."""
+OPENS = "(opens the answer)"
+"""What a template writes after the last message of a prompt."""
 ANSWERS = ("assistant", "completion")
 
 
@@ -118,21 +120,23 @@ class Laid:
 
 def by_stops(laid: Laid, messages: Sequence[Mapping[str, Any]], stops: Sequence[str]) -> list[tuple[str, int]]:
     """(role, first character) of each message, where every turn ends in a stop and the turns are the first messages,
-    with or without one of the template's before them; else nothing."""
+    with or without one of the template's before them, and what opens an answer after them; else nothing."""
     edges = [0, *(end for end in laid.closed if laid.text[end:].strip()), len(laid.text)]
     said = [text_of(message.get("content")).strip() for message in messages]
     sizes = [1 + sum(text.count(stop) for stop in stops) for text in said]  # stops that a message says itself
-    for lead in (0, 1):
-        at = list(accumulate(sizes, initial=lead))
-        if len(edges) - 1 not in at[1:]:
+    for tail, lead in product((0, 1), (0, 1)):
+        at, last = list(accumulate(sizes, initial=lead)), len(edges) - 1 - tail
+        if last not in at[1:]:
             continue
-        count = at.index(len(edges) - 1, 1)
-        own = [(edges[a], edges[b]) for a, b in pairwise(at[: count + 1])]
+        own = [(edges[a], edges[b]) for a, b in pairwise(at[: at.index(last) + 1])]
         whole = list(zip(messages, said, own, strict=False))
-        unasked = [a for a, b in ((0, edges[lead]), *own) if any(a <= place < b for place in laid.trained)]
-        answered = [a for message, _, (a, _) in whole if message["role"] in ANSWERS]
-        if set(unasked) <= set(answered) and all(text in laid.text[a:b] for _, text, (a, b) in whole):
-            return [(BY_TEMPLATE, 0)] * lead + [(str(message["role"]), a) for message, _, (a, _) in whole]
+        learnt = {a for a, b in pairwise(edges) if any(a <= place < b for place in laid.trained)}
+        answers = {
+            edge for message, _, (a, b) in whole if message["role"] in ANSWERS for edge in edges if a <= edge < b
+        }
+        if learnt <= answers and all(text in laid.text[a:b] for _, text, (a, b) in whole):
+            named = [(BY_TEMPLATE, 0)] * lead + [(str(message["role"]), a) for message, _, (a, _) in whole]
+            return named + [(OPENS, edges[last])] * tail
     return []
 
 

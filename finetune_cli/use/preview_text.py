@@ -81,7 +81,7 @@ def tokens(pieces: Sequence[Piece], *, colours: bool) -> Text:
 
 def turn_line(turn: Turn) -> str:
     counts = ", ".join(f"{n} {what}" for what, n in (("trained", turn.trained), ("cut", turn.cut)) if n)
-    return f"▌{plain(turn.role)}  {turn.tokens}" + (f" ({counts})" if counts else "")
+    return f"▌{plain(turn.role)}  {turn.tokens} tokens" + (f" ({counts})" if counts else "")
 
 
 def bin_line(one: Bin) -> str:

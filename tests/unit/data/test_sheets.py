@@ -53,6 +53,7 @@ def test_a_pair_has_its_prompt_once(rows_and_chat):
     recipe, chat = rows_and_chat([pair], method="dpo")
     (sheet,) = sheets_of(recipe, chat)
     assert [block.name for block in sheet.blocks] == ["prompt", "chosen", "rejected"]
+    assert [turn.role for turn in sheet.blocks[0].turns] == ["user", "(opens the answer)"]
     prompt, chosen, rejected = (text_of([p for t in block.turns for p in t.pieces]) for block in sheet.blocks)
     assert prompt == "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
     assert (chosen.strip(), rejected.strip()) == ("good<|im_end|>", "bad<|im_end|>")

@@ -77,7 +77,7 @@ def test_what_is_said_of_rows():
     for said in (
         "<b>4</b> rows", "<b>12</b> tokens", "<b>8</b> trained (67%)", "<b>2</b> not trained on",
         "<b>1</b> with warnings",
-        "packing: 5 rows", "bin 4, 90 of 100 tokens (90.0%)", '<a href="#row-7-0">7</a>, 8 part 1',
+        "packing: 5 rows", "bin 4, 90 of 100 tokens (90.0%)", 'with rows <a href="#row-7-0">7</a>, 8 part 1',
         "dropped as overlength: 9 tokens", "control_token: message 0", "malformed: no", "token 0, id 1 2",
     ):  # fmt: skip
         assert said in text, said

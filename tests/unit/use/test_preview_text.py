@@ -28,7 +28,7 @@ def test_without_colours_marks_say_what_is_trained():
     lines = printed(SHEET, packed="packing: 1 row").splitlines()
     assert lines[0].startswith("⟦trained⟧  context")
     assert lines[1] == "row 3  a.jsonl:4  4 tokens, 2 trained"
-    assert lines[2] == "▌user  5 (2 trained, 1 cut)"
+    assert lines[2] == "▌user  5 tokens (2 trained, 1 cut)"
     assert lines[3:5] == ["<|im_start|>user⏎", "⟦a·b␛[31m\\u202e⟧⟨→c⟩"]
     assert lines[5] == "as inference: 1 of 1 prompts token for token"
     assert lines[-1] == "packing: 1 row"
