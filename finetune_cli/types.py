@@ -157,8 +157,8 @@ class Render(Protocol):
     def text(self, row: Mapping[str, Any]) -> Iterator[Row]:
         """Rows of `{text}`: everything is trained, an end-of-sequence token included."""
 
-    def pair(self, row: Mapping[str, Any]) -> Row:
-        """A row of `{prompt, chosen, rejected}`: what both begin with once, then two branches. Trained: the answers."""
+    def pair(self, row: Mapping[str, Any]) -> Iterator[Row]:
+        """The row of `{prompt, chosen, rejected}`: what both begin with once, then two branches of answers."""
 
     def prompt(self, row: Mapping[str, Any], shape: str) -> Prompt | None:
         """The last question of a row and its answer; None where the row has none (text)."""

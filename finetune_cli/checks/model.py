@@ -23,7 +23,7 @@ def vocabulary(seen: SeenModel) -> Iterator[Found]:
 
 
 def base_for_reference(seen: SeenModel) -> Iterator[Found]:
-    if seen.plan.resolved.reference is not None and seen.chat.style is None:
+    if seen.plan.resolved.reference is not None and seen.chat.template is None:
         said = f"the tokenizer has no chat template, so this is probably a base model; {seen.recipe.method.name} "
         yield Found("model.name_or_path", f"{said}only shifts what a model says already")
 

@@ -30,7 +30,7 @@ def tables_of(recipe: Recipe) -> dict[str, list[Table]]:
 
 def no_template(seen: SeenRaw) -> Iterator[Found]:
     """Messages for a tokenizer that cannot write them."""
-    if seen.chat.style is not None:
+    if seen.chat.template is not None:
         return
     for key, tables in seen.tables.items():
         for table in tables:

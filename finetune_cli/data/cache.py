@@ -66,12 +66,11 @@ def cached(path: Path, build: Callable[[], Encoded]) -> Encoded:
 
 def key_of(method: Method, sources: Sequence[Source], chat: Chat, data: Data, *, seed: int) -> str:
     """sha256 of all that ids, masks and order depend on."""
-    style = chat.style
     parts = {
         "sources": [[source.model_dump(mode="json"), fingerprint(source)] for source in sources],
         "tokenizer": sha256(tokenizer_text(chat.tokenizer)),
-        "template": style and [style.template, style.stops, style.mismatch],
-        "date": date.today().isoformat() if style and "strftime_now" in style.template else None,
+        "template": [chat.template, chat.stops, chat.mismatch],
+        "date": date.today().isoformat() if "strftime_now" in str(chat.template) else None,
         "method": [type(method).__module__, method.name, method.encoding()],
         "data": {key: getattr(data, key) for key in SETTINGS},
         "seed": seed,

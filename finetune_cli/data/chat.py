@@ -1,33 +1,59 @@
 """Rows of the data to rows of tokens: `types.Render` in full, bound to a tokenizer and its chat template."""
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from finetune_cli.data import pairs
 from finetune_cli.data.forms import Message, text_of
-from finetune_cli.data.spans import Mode, Script, Style, Turn, in_some_form
+from finetune_cli.data.sandbox import Sandbox
+from finetune_cli.data.spans import Mode, Text
 from finetune_cli.data.tokens import Encoder, Tokens
 from finetune_cli.errors import DataError
 from finetune_cli.types import Branch, Prompt, Row
+
+Request = dict[str, Any]
+
+
+@dataclass(eq=False)
+class Asked:
+    """What one row of the data asks for; answered together with what other rows have asked for by then.
+
+    A request is for `spans.answer`, and its result `texts`; a plain text comes without one.
+    """
+
+    request: Request | None = None
+    texts: Sequence[Text] = ()
+    closes_from: int | None = None
+    """Where a plain text is trained from."""
+    notes: Sequence[tuple[str, str]] = ()
+    tokens: list[Tokens] | None = None
+    error: DataError | None = None
+
+    @property
+    def answered(self) -> bool:
+        return self.tokens is not None or self.error is not None
 
 
 @dataclass(frozen=True)
 class Chat:
     """A tokenizer with its chat template and the strings that end a turn; `types.Render` in full.
 
-    `note` hears the id and message of what is odd and trained all the same: straddling, retokenised, no_stop,
-    reasoning_lost, tools_lost,
-    leading_assistant, template_kwargs, template_mismatch, message_form, control_token.
+    What it returns is made when first looked at, together with all that has been asked for until then: ask for many
+    rows (of `batched`), then read them. `note` hears the id and message of what is odd and trained all the same:
+    straddling, retokenised, no_stop, reasoning_lost, tools_lost, leading_assistant, template_kwargs, template_mismatch,
+    message_form, control_token, generation_markers.
     """
 
     tokenizer: Any
     encoder: Encoder
-    specials: re.Pattern[str]
-    style: Style | None
+    template: str | None
     """None where the tokenizer has no chat template."""
+    stops: tuple[str, ...]
+    mismatch: Mode
+    sandbox: Sandbox
     note: Callable[[str, str], None] = lambda _id, _message: None
+    queue: list[Asked] = field(default_factory=list, repr=False)
 
     @classmethod
     def bind(
@@ -41,20 +67,22 @@ class Chat:
         """`stop_ids`: the eos ids of the model's generation_config; the tokenizer's own eos is always a stop."""
         names = [tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(sorted(stop_ids))]
         stops = tuple(dict.fromkeys(name for name in names if name))
-        known = {*stops, *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)}
-        longest_first = sorted(known, key=lambda name: (-len(name), name))
-        specials = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        template = template or tokenizer.chat_template
-        style = Style(template, renderer(tokenizer, template), stops, specials, template_mismatch) if template else None
-        return cls(tokenizer, Encoder.bind(tokenizer), specials, style)
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The strings that end a turn."""
-        return self.style.stops if self.style else ()
+        encoder, template = Encoder.bind(tokenizer), template or tokenizer.chat_template
+        settings = {
+            "template": template,
+            "names": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            "stops": stops,
+            "specials": sorted({*stops, *encoder.specials}),
+            "mismatch": template_mismatch,
+        }
+        return cls(tokenizer, encoder, template or None, stops, template_mismatch, Sandbox(settings))
 
     def noting(self, note: Callable[[str, str], None]) -> Self:
         return replace(self, note=note)
+
+    def batched(self) -> Self:
+        """The same with a queue of its own, for one thread."""
+        return replace(self, queue=[])
 
     def conversation(self, row: Mapping[str, Any], *, loss_on: str) -> Iterator[Row]:
         if loss_on == "completion":
@@ -70,13 +98,24 @@ class Chat:
         if loss_on not in ("completion", "all"):
             hint = "Use completion or all, or write prompt and completion as lists of messages."
             raise DataError(f"method.loss_on: {loss_on} needs messages, and this row has plain text", hint)
-        start = len(prompt) if loss_on == "completion" else 0
-        return iter([self.row(self.encoder.closed(prompt + answer, start))])
+        return self.closed(prompt + answer, len(prompt) if loss_on == "completion" else 0)
 
     def text(self, row: Mapping[str, Any]) -> Iterator[Row]:
-        return iter([self.row(self.encoder.closed(row["text"], 0))])
+        return self.closed(row["text"], 0)
 
-    def pair(self, row: Mapping[str, Any]) -> Row:
+    def closed(self, text: str, start: int) -> Iterator[Row]:
+        """A plain text, trained from the character `start` to the end-of-sequence token that it is given."""
+        return self.later(Asked(texts=[(text, [(start, len(text))])], closes_from=start))
+
+    def rows(self, row: Mapping[str, Any], messages: list[Message], *, loss_on: str, first: int = 0) -> Iterator[Row]:
+        """Rows that train the assistant's messages from the one with index `first` on."""
+        turns = wanted(messages, loss_on, first)
+        if turns[:1] == [0] and loss_on != "all":
+            self.note("leading_assistant", "message 0 is the assistant's: nothing asks for it, it is not trained")
+        want = "all" if loss_on == "all" else "turns"
+        return self.later(Asked(self.request(row, messages, want, [i for i in turns if i])))
+
+    def pair(self, row: Mapping[str, Any]) -> Iterator[Row]:
         return pairs.encode(self, row)
 
     def prompt(self, row: Mapping[str, Any], shape: str) -> Prompt | None:
@@ -89,35 +128,67 @@ class Chat:
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         if not last:
             return None
-        turn: Turn = self.in_some_form(row, messages, lambda script: script.best(last))
-        answer = text_of(messages[last].get("content")) or turn.answer[: len(turn.answer) - turn.stop]
-        return Prompt(self.encoder.one(turn.prompt), turn.prompt, answer)
+        text, answer, stop = self.ask(self.request(row, messages, "prompt", [last]))
+        said = text_of(messages[last].get("content")) or answer[: len(answer) - stop]
+        return Prompt(self.encoder.one(text), text, said)
 
     def feeds(self, row: Mapping[str, Any], messages: list[Message]) -> str:
         """What inference feeds the model after some messages of a row: their render with a generation prompt."""
-        text: str = self.in_some_form(row, messages, lambda script: script.upto(len(messages), {}, prompt=True))
-        return text
+        return str(self.ask(self.request(row, messages, "feeds", [])))
 
-    def rows(self, row: Mapping[str, Any], messages: list[Message], *, loss_on: str, first: int = 0) -> Iterator[Row]:
-        for i, message in enumerate(messages):
-            if found := self.specials.search(text_of(message.get("content"))):
-                self.note("control_token", f"message {i} ({message['role']}) contains the control token {found[0]!r}")
-        turns = wanted(messages, loss_on, first)
-        if turns[:1] == [0] and loss_on != "all":
-            self.note("leading_assistant", "message 0 is the assistant's: nothing asks for it, it is not trained")
-        use = Script.everything if loss_on == "all" else lambda script: script.texts([i for i in turns if i])
-        for part, (text, spans) in enumerate(self.in_some_form(row, messages, use)):
-            yield self.row(self.encoder.spans(text, spans), part=part)
+    def ask(self, request: Request) -> Any:
+        (reply,) = self.sandbox.answers([request])
+        if "error" in reply:
+            raise DataError(*reply["error"])
+        for id_and_message in reply["notes"]:
+            self.note(*id_and_message)
+        return reply["result"]
 
-    def in_some_form(self, row: Mapping[str, Any], messages: list[Message], use: Callable[[Script], Any]) -> Any:
-        """`use` of the conversation in the first form that the template renders whole; its notes are heard."""
-        if self.style is None:
+    def request(self, row: Mapping[str, Any], messages: list[Message], want: str, turns: list[int]) -> Request:
+        if not self.template:
             hint = "Set model.chat_template, use an instruct model, or write rows of text or prompt + completion."
             raise DataError("the tokenizer has no chat template, and the row has messages", hint)
-        result, notes = in_some_form(self.style, row, messages, use)
-        for id_and_message in notes:
+        tools, kwargs = row.get("tools"), row.get("chat_template_kwargs")
+        return {"want": want, "turns": turns, "messages": messages, "tools": tools, "kwargs": kwargs}
+
+    def later(self, asked: Asked) -> Iterator[Row]:
+        self.queue.append(asked)
+        return self.answered(asked)
+
+    def answered(self, asked: Asked) -> Iterator[Row]:
+        if not asked.answered:
+            self.flush()
+        if asked.error is not None:
+            raise asked.error
+        for id_and_message in asked.notes:
             self.note(*id_and_message)
-        return result
+        for part, tokens in enumerate(asked.tokens or ()):
+            yield self.row(tokens, part=part)
+
+    def flush(self) -> None:
+        """Answer all that has been asked for: one exchange with the templates' process, one call of the tokenizer."""
+        asked = self.queue[:]
+        self.queue.clear()
+        rendered = [one for one in asked if one.request is not None]
+        replies = self.sandbox.answers([one.request for one in rendered if one.request is not None])
+        for one, reply in zip(rendered, replies, strict=True):
+            if "error" in reply:
+                one.error = DataError(*reply["error"])
+            else:
+                one.texts, one.notes = reply["result"], reply["notes"]
+        found = iter(self.encoder.batch([text for one in asked for text in one.texts]))
+        for one in asked:
+            if one.error is None:
+                self.take(one, [next(found) for _ in one.texts])
+
+    def take(self, one: Asked, found: list[Tokens | DataError]) -> None:
+        one.error = next((tokens for tokens in found if isinstance(tokens, DataError)), None)
+        whole = [tokens for tokens in found if isinstance(tokens, Tokens)]
+        try:
+            start = one.closes_from
+            one.tokens = whole if start is None else [self.encoder.close(tokens, start) for tokens in whole]
+        except DataError as error:
+            one.error = error
 
     def row(self, tokens: Tokens, *, part: int = 0) -> Row:
         if tokens.straddling:
@@ -125,19 +196,6 @@ class Chat:
         if tokens.retokenised:
             self.note("retokenised", "the prompt encoded alone, as inference does, has other ids than in this row")
         return Row([], (Branch(tokens.ids, tokens.trained),), part=part)
-
-
-def renderer(tokenizer: Any, template: str) -> Callable[..., str]:
-    def render(
-        messages: list[Message], tools: list[Any] | None, kwargs: Mapping[str, Any], *, prompt: bool = False
-    ) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt, **kwargs
-            )
-        )
-
-    return render
 
 
 def wanted(messages: list[Message], loss_on: str, first: int) -> list[int]:

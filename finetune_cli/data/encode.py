@@ -8,7 +8,7 @@ shape or type than it should be (`malformed`) is a mistake in the file, and alwa
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -24,8 +24,9 @@ from finetune_cli.recipe.sections import Data, Source
 from finetune_cli.types import Row
 
 EXAMPLES = 3
-PARALLEL = 200
-"""Fewer rows than this are not worth threads."""
+TOGETHER = 64
+"""Rows that are rendered in one exchange and encoded in one call."""
+Warnings = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,36 @@ class Encoded:
 
 def encode_row(method: Method, table: Table, raw: Raw, *, chat: Chat, data: Data) -> Outcome:
     """One row, exactly as training sees it. Never raises for the row's sake."""
-    warnings: list[tuple[str, str]] = []
+    return encode_rows(method, table, [raw], chat=chat, data=data)[0]
+
+
+def encode_rows(method: Method, table: Table, raws: Sequence[Raw], *, chat: Chat, data: Data) -> list[Outcome]:
+    """Rows together: each asks for its tokens first, and then all are answered at once."""
+    chat = chat.batched()
+    started = [start_row(method, table, raw, chat) for raw in raws]
+    size = vocabulary(chat.tokenizer) if table.shape.given else None
+    return [finish_row(raw, rows, notes, data, size=size) for raw, (rows, notes) in zip(raws, started, strict=True)]
+
+
+def start_row(method: Method, table: Table, raw: Raw, chat: Chat) -> tuple[Iterator[Row] | DataError, Warnings]:
+    warnings: Warnings = []
     render = chat.noting(lambda name, message: warnings.append((name, message)))
     try:
-        rows = list(method.encode(table.canonical(raw), table.shape.name, render))
-        if table.shape.given:
-            known(rows, raw, vocabulary(chat.tokenizer))
+        return method.encode(table.canonical(raw), table.shape.name, render), warnings
+    except DataError as error:
+        return error, warnings
+
+
+def finish_row(
+    raw: Raw, found: Iterator[Row] | DataError, warnings: Warnings, data: Data, *, size: int | None
+) -> Outcome:
+    """`size` is that of the vocabulary, where the row brings its own ids."""
+    try:
+        if isinstance(found, DataError):
+            raise found
+        rows = list(found)
+        if size is not None:
+            known(rows, raw, size)
     except DataError as error:
         said = ". ".join(filter(None, (error.message, error.hint)))
         problem = error.problems[0] if error.problems else raw.problem(said, rule="unrenderable")
@@ -140,14 +165,15 @@ def encode_set(method: Method, sources: Sequence[Source], chat: Chat, data: Data
 
 
 def encode_table(method: Method, table: Table, chat: Chat, data: Data) -> list[Outcome]:
-    def one(raw: Raw) -> Outcome:
-        return encode_row(method, table, raw, chat=chat, data=data)
+    def some(raws: Sequence[Raw]) -> list[Outcome]:
+        return encode_rows(method, table, raws, chat=chat, data=data)
 
-    if len(table.raws) < PARALLEL:
-        return [one(raw) for raw in table.raws]
-    # threads, because the tokenizer runs outside Python's lock
+    batches = [table.raws[k : k + TOGETHER] for k in range(0, len(table.raws), TOGETHER)]
+    if len(batches) < 2:
+        return [outcome for raws in batches for outcome in some(raws)]
+    # threads, because templates render in a process of their own and the tokenizer runs outside Python's lock
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-        return list(threads.map(one, table.raws))
+        return [outcome for outcomes in threads.map(some, batches) for outcome in outcomes]
 
 
 def report_of(outcomes: Sequence[Outcome], raws: Sequence[Raw]) -> dict[str, Any]:

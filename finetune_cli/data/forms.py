@@ -11,11 +11,19 @@ THINK = re.compile(r"<think>(.*?)</think>", re.S)
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
+def plain(message: Message) -> dict[str, Any]:
+    """A message as transformers hands it to templates: no key without a value, reasoning under all its names."""
+    out = {key: value for key, value in message.items() if value is not None and key != "trainable"}
+    thought = next((out[key] for key in REASONING if key in out), None)
+    return out if thought is None else {"thinking": thought, **out, "reasoning_content": thought}
+
+
 def text_of(content: Any) -> str:
     return "".join(part.get("text", "") for part in content) if isinstance(content, list) else content or ""
 
 
 def in_parts(content: Any) -> Any:
+    """Text as a part; no content at all (beside tool calls) stays none."""
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
@@ -35,8 +43,8 @@ def converted(
     message: Message, *, content: Callable[[Any], Any] = lambda c: c, arguments: Callable[[Any], Any] = lambda a: a
 ) -> Message:
     out = {**message}
-    if message.get("content") is not None:
-        out["content"] = content(message["content"])
+    if (new_content := content(message.get("content"))) is not None:
+        out["content"] = new_content
     if calls := message.get("tool_calls"):
         new = [{**function, "arguments": arguments(function.get("arguments", {}))} for function in functions(message)]
         out["tool_calls"] = [{**c, "function": f} if "function" in c else f for c, f in zip(calls, new, strict=True)]

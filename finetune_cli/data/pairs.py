@@ -6,7 +6,7 @@ opened (`Assistant:`, `[/INST]`, ...), never words that two answers happen to sh
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune_cli.errors import DataError
@@ -146,33 +146,36 @@ def tokens(cells: "Cells", name: str) -> tuple[list[int], list[bool] | None]:
     return ids, None if labels is None else [label != -100 for label in labels]
 
 
-def encode(chat: "Chat", row: Mapping[str, Any]) -> Row:
+def encode(chat: "Chat", row: Mapping[str, Any]) -> Iterator[Row]:
     """The row of tokens of a canonical pair. Ids are the tokenizer's own for each side's whole render; shared is what
     both truly begin with, up to the first trained token. Raises DataError for a side that has no truthful render."""
     if row.get("found"):
         chat.note("implicit_prompt", row["found"])
-    if "ids" in row:
-        sides = given(chat, row["ids"])
-    else:
-        sides = [rendered(chat, row, name) for name in SIDES]
     extra = {k: v for k, v in row.items() if k.partition(".")[0] in ("margin", "label")}
-    return joined(sides, extra)
+    if "ids" in row:
+        return iter([joined(given(chat, row["ids"]), extra)])
+    asked = {name: side_rows(chat, row, name) for name in SIDES}  # both, before either is looked at
+    return one_row(asked, extra)
 
 
-def rendered(chat: "Chat", row: Mapping[str, Any], name: str) -> Side:
+def one_row(asked: Mapping[str, Iterator[Row]], extra: Mapping[str, float]) -> Iterator[Row]:
+    yield joined([rendered(name, list(rows)) for name, rows in asked.items()], extra)
+
+
+def side_rows(chat: "Chat", row: Mapping[str, Any], name: str) -> Iterator[Row]:
     asked, said = row["prompt"], row[name]
     if isinstance(asked, str):
-        tokens = chat.encoder.closed(asked + said, len(asked))
-        made = chat.row(tokens)
-    else:
-        parts = list(chat.rows(row, [*asked, *said], loss_on="assistant", first=len(asked)))
-        if len(parts) > 1:
-            raise DataError(
-                f"the chat template renders the answers of {name} in {len(parts)} pieces, each with its own history",
-                "Keep one answer on each side, and put the turns before it into the prompt.",
-            )
-        made = parts[0]
-    return made.branches[0].ids, made.branches[0].trained
+        return chat.closed(asked + said, len(asked))
+    return chat.rows(row, [*asked, *said], loss_on="assistant", first=len(asked))
+
+
+def rendered(name: str, parts: list[Row]) -> Side:
+    if len(parts) > 1:
+        raise DataError(
+            f"the chat template renders the answers of {name} in {len(parts)} pieces, each with its own history",
+            "Keep one answer on each side, and put the turns before it into the prompt.",
+        )
+    return parts[0].branches[0].ids, parts[0].branches[0].trained
 
 
 def given(chat: "Chat", ids: Mapping[str, tuple[list[int], list[bool] | None]]) -> list[Side]:

@@ -10,16 +10,16 @@ stripped, say) get a row of their own, and a turn whose F does not start with P 
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
-from finetune_cli.data.forms import REASONING, Message, converted, forms, in_parts, lost, parsed, text_of
+from finetune_cli.data.forms import REASONING, Message, converted, forms, in_parts, lost, parsed, plain, text_of
 from finetune_cli.errors import DataError
 
 Span = tuple[int, int]
 """Characters from the first, included, to the second, not included."""
-Text = tuple[str, list[Span]]
+Text = tuple[str, Sequence[Span]]
 """A render and the characters of it that are trained."""
 Mode = Literal["refuse", "inference", "render"]
 
@@ -32,21 +32,41 @@ MISMATCH_HINT = (
 )
 
 
+class Renders(Protocol):
+    """A chat template as it is rendered: `render.Renderer`. Raises whatever the template raises."""
+
+    source: str
+    marks: bool
+    """Whether the template has `{% generation %}` blocks."""
+
+    def __call__(
+        self, messages: list[Any], tools: list[Any] | None, kwargs: Mapping[str, Any], *, prompt: bool = False
+    ) -> str: ...
+
+    def marked(self, *conversation: Any) -> tuple[str, list[Span]]: ...
+
+
 @dataclass(frozen=True)
 class Style:
-    """A chat template, how it is rendered, and the strings that end a turn."""
+    """A chat template, and the strings that end a turn."""
 
-    template: str
-    render: Callable[..., str]
-    """(messages, tools, kwargs, *, prompt: bool) to text; raises whatever the template raises."""
+    render: Renders
     stops: tuple[str, ...]
     specials: re.Pattern[str]
     mismatch: Mode = "refuse"
     tails: dict[Any, tuple[str, int]] = field(default_factory=dict, repr=False, compare=False)
 
+    @classmethod
+    def bind(cls, render: Renders, settings: Mapping[str, Any]) -> Self:
+        return cls(render, tuple(settings["stops"]), any_of(settings["specials"]), settings["mismatch"])
+
 
 class Mismatch(DataError):
     """The generation prompt is not in the rendered turn: no render is what inference would see."""
+
+
+class Raised(DataError):
+    """The template raises."""
 
 
 class Turn(NamedTuple):
@@ -81,7 +101,7 @@ class Script:
             return self.style.render(messages, self.tools, {**self.kwargs, **kwargs}, prompt=prompt)
         except Exception as error:  # a template may raise anything
             said = " ".join(str(error).split())[:200]
-            raise DataError(f"the chat template refuses the row: {type(error).__name__}: {said}", HINT) from error
+            raise Raised(f"the chat template refuses the row: {type(error).__name__}: {said}", HINT) from error
 
     def upto(self, count: int, kwargs: Mapping[str, Any], *, prompt: bool = False) -> str:
         key = (count, prompt, *kwargs.items())
@@ -129,6 +149,9 @@ class Script:
         if missing := [name for name in names if name not in whole]:
             self.notes.append(("tools_lost", f"the template does not show the row's tools ({', '.join(missing[:3])})"))
         for i, message in enumerate(self.messages):
+            if found := self.style.specials.search(text_of(message.get("content"))):
+                text = f"message {i} ({message['role']}) contains the control token {found[0]!r}"
+                self.notes.append(("control_token", text))
             if message["role"] != but and (gone := lost(message, whole) - {"reasoning"}):
                 what = " and ".join(sorted(gone))
                 raise DataError(f"the chat template loses the {what} of message {i} ({message['role']})", HINT)
@@ -136,7 +159,7 @@ class Script:
     def best(self, i: int) -> Turn:
         """Turn i under the first thinking setting whose generation prompt its render continues, unless white space
         touches white space there and another setting avoids it. A setting other than the default is noted."""
-        free = "enable_thinking" in str(self.style.template) and "enable_thinking" not in self.kwargs
+        free = "enable_thinking" in str(self.style.render.source) and "enable_thinking" not in self.kwargs
         refusals: list[DataError] = []
         found: list[Turn] = []
         for kwargs in THINKING if free else THINKING[:1]:
@@ -250,17 +273,42 @@ def shared(one: str, other: str) -> int:
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def in_some_form(style: Style, row: Mapping[str, Any], messages: list[Message], use: Callable[[Script], Any]) -> Any:
-    """(`use` of the conversation, notes) in the first form that the template renders whole; else the first refusal."""
-    plain = [{k: v for k, v in message.items() if k != "trainable"} for message in messages]
-    tools, kwargs = parsed(row.get("tools")) or None, row.get("chat_template_kwargs") or {}
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Finds the longest of some strings."""
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def answer(style: Style, request: Mapping[str, Any]) -> dict[str, Any]:
+    """What `request` wants of its messages: texts that train some `turns` or all; one turn's prompt; or what
+    inference feeds after the last.
+
+    {"result", "notes"}, or {"error": [message, hint]} where no form of the messages gives it.
+    """
+    uses: dict[str, Callable[[Script], Any]] = {
+        "turns": lambda script: script.texts(request["turns"]),
+        "all": Script.everything,
+        "prompt": lambda script: script.best(*request["turns"])[1:4],
+        "feeds": lambda script: script.upto(len(script.messages), {}, prompt=True),
+    }
+    try:
+        result, notes = in_some_form(style, request, uses[request["want"]])
+    except DataError as error:
+        return {"error": [error.message, error.hint]}
+    return {"result": result, "notes": notes}
+
+
+def in_some_form(style: Style, request: Mapping[str, Any], use: Callable[[Script], Any]) -> Any:
+    """(`use` of the conversation, notes) in the first form that the template renders whole; else the first refusal,
+    of a form that it renders at all where there is one."""
+    tools, kwargs = parsed(request.get("tools")) or None, request.get("kwargs") or {}
     refusals: list[DataError] = []
-    for name, form in forms(plain):
+    for name, form in forms([plain(message) for message in request["messages"]]):
         script = Script(style, form, tools, kwargs, [("message_form", f"rendered with {name}")] if name else [])
         try:
             return use(script), script.notes
+        except Mismatch:
+            raise
         except DataError as error:
             refusals.append(error)
-            if isinstance(error, Mismatch):
-                break
-    raise refusals[0]
+    raise min(refusals, key=lambda error: isinstance(error, Raised))

@@ -55,4 +55,4 @@ class Pairwise(Method):
         return {"name": self.name}
 
     def encode(self, row: Mapping[str, Any], shape: str, render: Render) -> Iterator[Row]:  # noqa: ARG002
-        yield render.pair(row)
+        return render.pair(row)

@@ -57,7 +57,7 @@ def test_ft014_tokens_without_a_row(of, copy):
 
 def test_ft017_preferences_on_a_base_model(seen):
     assert trips("FT017", "model", referring(seen)) == []
-    bare = replace(seen, chat=replace(seen.chat, style=None))
+    bare = replace(seen, chat=replace(seen.chat, template=None))
     assert trips("FT017", "model", bare) == [], "sft needs no instruct model"
     (problem,) = trips("FT017", "model", referring(bare))
     assert "no chat template" in problem.message

@@ -1,18 +1,16 @@
 """Chat: the exact text that is trained under templates of each kind, and what is refused or told."""
 
 import re
-from collections import Counter
-from importlib.resources import files
 from typing import Any
 
 import pytest
 
 from finetune_cli.data.chat import Chat
 from finetune_cli.data.forms import forms, lost
-from finetune_cli.data.tokens import Encoder
 from finetune_cli.errors import DataError
 from tests.helpers import CHATML, GEMMA, LLAMA3, MISTRAL, QWEN3, R1, said, tiny_tokenizer, trained_texts
 
+TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
 KINDS = {
     "chatml": (CHATML, None, "<|im_end|>", None),
     "llama3": (LLAMA3, "<s>", "<|eot_id|>", None),
@@ -243,108 +241,3 @@ def test_lost():
     assert lost({"role": "user", "content": "a"}, "b") == {"content"}
     assert lost({"role": "assistant", "content": "<think>hm</think>a"}, "a") == {"reasoning"}
     assert lost({"role": "tool", "content": '{"a": 12345}'}, '{"a":12345}') == set()
-
-
-# --- TRL's templates ---------------------------------------------------------------------------------------------
-
-CALL = [{"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": {"a": 17, "b": "xyz"}}}]
-RESULT = {"role": "tool", "name": "add", "tool_call_id": "abcdefghi", "content": "17xyz"}
-ARGUMENTS = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a"]}
-TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": ARGUMENTS}}
-THOUGHTFUL = {"role": "assistant", "content": "four", "reasoning_content": "two and two"}
-SHAPES: dict[str, dict[str, Any]] = {
-    "single": {"messages": said("What is it?", "It is four.")},
-    "multi": {"messages": said("one", "two", "three", "four", "five", "six")},
-    "system": {"messages": [{"role": "system", "content": "Be short."}, *said("one", "two", "three", "four")]},
-    "spaces": {"messages": said("one", "  two\n\nthree \n", "four", "five")},
-    "unicode": {"messages": said("äöü 日本", "🙂🙂 日本", "ß", "é")},
-    "reasoning": {"messages": [*said("one"), THOUGHTFUL, *said("three"), THOUGHTFUL]},
-    "think tags": {"messages": THOUGHT},
-    "call": {"messages": [*said("add"), {"role": "assistant", "content": "", "tool_calls": CALL}], "tools": [TOOL]},
-    "call, result": {
-        "messages": [
-            *said("add"), {"role": "assistant", "content": "", "tool_calls": CALL}, RESULT,
-            {"role": "assistant", "content": "Done."},
-        ],
-        "tools": [TOOL],
-    },
-    "last is user": {"messages": said("one", "two", "three")},
-    "leading assistant": {"messages": said("Hello.", "one", "two", first="assistant")},
-    "parts": {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in said("one", "two")]},
-}  # fmt: skip
-STOPS = [
-    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|call|>",
-    "<|END_OF_TURN_TOKEN|>", "<end_of_utterance>", "<|user|>", "<|observation|>",
-]  # fmt: skip
-SPECIAL = re.compile(
-    r"<[|｜][^<>{}'\"\s]+?[|｜]>|<\|?[a-z_]+_of_[a-z_]+\|?>|<\|?[a-z_]*turn\|?>|\[/?INST\]|<end_of_utterance>"
-)
-TEMPLATES = {
-    path.name.removesuffix(".jinja"): path.read_text(encoding="utf-8")
-    for path in sorted((files("trl") / "chat_templates").iterdir(), key=lambda p: p.name)
-    if path.name.endswith(".jinja") and not path.name.endswith("_training.jinja")
-}
-
-
-def family(template: str) -> Chat:
-    specials = tuple(sorted(set(SPECIAL.findall(template))))
-    tokenizer = tiny_tokenizer(template, bos="<s>", eos="</s>")
-    tokenizer.add_tokens(list(specials), special_tokens=True)
-    stops = [stop for stop in STOPS if stop in template]
-    return Chat.bind(tokenizer, stop_ids=tokenizer.convert_tokens_to_ids(stops))
-
-
-def test_trl_templates(monkeypatch):
-    """Over 41 templates x 12 shapes: ids are those of the one render, what is trained is whole answers, the prompt's
-    ids begin the row, and each turn is trained exactly once."""
-    seen: list[Any] = []
-    spans_of = Encoder.spans
-
-    def recorded(self, text, spans):
-        tokens = spans_of(self, text, spans)
-        seen.append((text, spans, tokens))
-        return tokens
-
-    monkeypatch.setattr(Encoder, "spans", recorded)
-    counts: Counter[str] = Counter()
-    refused: dict[str, set[str]] = {}
-    for name, template in TEMPLATES.items():
-        chat = family(template)
-        for shape, row in SHAPES.items():
-            seen.clear()
-            try:
-                rows = list(chat.conversation(row, loss_on="assistant"))
-            except DataError:
-                refused.setdefault(name, set()).add(shape)
-                continue
-            turns = [i for i, message in enumerate(row["messages"]) if i and message["role"] == "assistant"]
-            assert sum(len(spans) for _, spans, _ in seen) == len(turns), (name, shape)
-            for (text, spans, tokens), found in zip(seen, rows, strict=True):
-                assert found.branches[0].ids == chat.tokenizer(text, add_special_tokens=False)["input_ids"]
-                check_row(chat, text, spans, tokens, f"{name} {shape}")
-                counts["straddling"] += bool(tokens.straddling)
-            counts["rows"] += len(rows)
-            counts["split"] += len(rows) > 1
-    assert dict(counts) == {"rows": 498, "split": 54, "straddling": 0}
-    tools = {"call", "call, result"}
-    no_tools = ("idefics3", "lfm2", "llama3", "llava_next", "phi3", "phi3_5", "qwen2_5_vl", "smolvlm")
-    no_first = ("cohere", "cohere2", "gemma3")
-    expected = dict.fromkeys(no_tools, tools) | {name: tools | {"leading assistant"} for name in no_first}
-    expected |= {"gemma": tools | {"leading assistant", "system"}}
-    expected |= {name: set(SHAPES) for name in ("deepseek_r1_distill", "deepseekv3")}
-    assert refused == expected
-
-
-def check_row(chat: Chat, text: str, spans: Any, tokens: Any, where: str) -> None:
-    for start, end in spans:
-        assert not text[end - 1].isspace(), where
-        assert (
-            text[end:].strip() == "" or text.endswith(chat.style.stops, start, end) or chat.specials.match(text, end)
-        ), where
-        if not tokens.retokenised:
-            prompt = chat.encoder.one(text[:start])
-            assert tokens.ids[: len(prompt)] == prompt, where
-            assert not any(tokens.trained[: len(prompt)]) or start != min(spans)[0], where
-    if not tokens.straddling:
-        trained_ids = [i for i, t in zip(tokens.ids, tokens.trained, strict=True) if t]
-        assert chat.tokenizer.decode(trained_ids) == "".join(text[a:b] for a, b in sorted(spans)), where
