@@ -155,7 +155,9 @@ def header(plan: Plan) -> Panel:
         "model": f"{short(recipe.model.name_or_path)}, {resolved.precision}{_why(plan, 'train.precision')}",
         "rows": ", ".join(short(source.path) for source in recipe.data.train),
         "batch": f"{resolved.global_batch_size} rows = {per} per device x {acc} accumulated x {world} "
-        f"process{'es' if world > 1 else ''}",
+        f"process{'es' if world > 1 else ''}"
+        if per != "auto"
+        else f"{resolved.global_batch_size} rows, in forwards of as many as fit",
         "learning rate": f"{resolved.learning_rate:g}, {recipe.train.lr_scheduler_type}"
         f"{_why(plan, 'train.learning_rate')}",
         "attention": f"{resolved.attn_implementation}{_why(plan, 'model.attn_implementation')}",
@@ -230,6 +232,10 @@ class Screen:
         if "bins" in event:
             text += f"; packed into {event['bins']} bins, {event['fill']:.1%} full"
         self.console.print(f"[bold]layout[/]  {escape(text)}")
+
+    def on_fitted(self, event: dict[str, Any]) -> None:
+        size, limit = event["per_device_train_batch_size"], event["limit_gib"]
+        self.console.print(f"[bold]batch[/]  {size} of the longest rows fit into {limit:.3g} GiB at once")
 
     def on_progress(self, event: dict[str, Any]) -> None:
         if self.bar is not None and self.task is not None:

@@ -64,6 +64,7 @@ def make_report(job: Job, progress: Progress, step: int) -> dict[str, Any]:
         "result": {"checkpoint": f"{PREFIX}{step}", "step": step, "is": why(job, step, progress)},
         "versions": plan.versions,
         "device": str(job.device),
+        "per_device_train_batch_size": job.schedule.per_device_batch_size,
         "weights": dict(zip(("trained", "total"), sizes(job.policy), strict=True)),
         "reference": job.reference_report,
         "layout": {"padded": job.padded_because is not None, "because": job.padded_because},

@@ -194,6 +194,7 @@ class Job:
             if self.reference is not None and self.reference.sync_steps is not None:
                 training |= {"reference": self.reference.copies}
             state = {"global_step": progress.step, "max_steps": self.total_steps, "progress": progress.to_json(pending)}
+            state["per_device_train_batch_size"] = self.schedule.per_device_batch_size
             said = self.event("checkpoint", progress.step, path=folder.name)
             checkpoint.write(
                 folder,

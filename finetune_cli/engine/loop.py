@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from finetune_cli.data.batches import Batch, counts_of, silent
-from finetune_cli.engine import watch
+from finetune_cli.engine import memory, watch
 from finetune_cli.engine.evaluate import evaluate
 from finetune_cli.engine.health import Health
 from finetune_cli.engine.job import Job
@@ -178,7 +178,13 @@ def forward(job: Job, progress: Progress, still: watch.Stillness) -> None:
     logged = due(step, setting.logging_steps, job.total_steps) or step in (1, job.total_steps)
     started = time.perf_counter()
     learning_rate = job.scheduler.get_last_lr()[0]
-    norm, counts, tokens = optimiser_step(job, progress.step, measure=logged, sums=progress.sums)
+    try:
+        norm, counts, tokens = optimiser_step(job, progress.step, measure=logged, sums=progress.sums)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_exhausted(error):
+            raise
+        largest = next(job.schedule.window(progress.step, rank=job.rank, world=job.world))
+        raise memory.answer(job, step, job.rows_of(largest), error) from error
     job.synchronize()
     seconds = time.perf_counter() - started
     progress.clock.seconds += seconds

@@ -13,7 +13,7 @@ import torch
 from finetune_cli.data.batches import Schedule, pack
 from finetune_cli.data.chat import Chat
 from finetune_cli.data.rows import RowSets
-from finetune_cli.engine import checkpoint, layout, manifest, metrics, models, optim, reference
+from finetune_cli.engine import checkpoint, fit, layout, manifest, memory, metrics, models, optim, reference
 from finetune_cli.engine.events import Sink
 from finetune_cli.engine.job import EvalSet, Job
 from finetune_cli.engine.loop import Progress, total_steps
@@ -94,10 +94,11 @@ def build(
     policy, optimizer = acc.prepare(role, optimizer)
     rows = sets.train
     units = make_units(rows.rows, recipe, padded_because)
+    size = recipe.train.per_device_train_batch_size
     schedule = Schedule(
         lengths=[sum(row.length for row in unit) for unit in units],
         global_batch_size=plan.resolved.global_batch_size,
-        per_device_batch_size=recipe.train.per_device_train_batch_size,
+        per_device_batch_size=1 if size == "auto" else size,
         seed=recipe.seed,
         shuffle=recipe.data.shuffle,
     )
@@ -130,6 +131,8 @@ def build(
     seed_everything(recipe.seed, job.rank)
     job.emit({"event": "start", "total": total, "trained": trained, "weights": every, "device": str(acc.device)})
     job.emit({"event": "layout", "padded_because": padded_because, **fill_of(units, recipe)})
+    memory.check_disk(job)
+    fit.settle(job, None if resume is None else checkpoint.state(resume)["per_device_train_batch_size"])
     return job, Progress() if resume is None else restore(job, resume)
 
 

@@ -150,8 +150,8 @@ def _autos(recipe: Recipe, machine: Machine, facts: Facts, world: int | None) ->
         "per_device_eval_batch_size": auto(
             "eval.per_device_eval_batch_size",
             recipe.eval.per_device_eval_batch_size,
-            train.per_device_train_batch_size,
-            "the training batch size",
+            1 if train.per_device_train_batch_size == "auto" else train.per_device_train_batch_size,
+            "one by one" if train.per_device_train_batch_size == "auto" else "the training batch size",
         ),
         "load_best_model_at_end": auto(
             "save.load_best_model_at_end",
@@ -197,6 +197,10 @@ def _attention(machine: Machine, precision: str) -> tuple[str, str]:
 def _batch(recipe: Recipe, processes: int, reasons: dict[str, str]) -> tuple[int, int]:
     """(accumulation steps, global batch size). A step's last forward may be smaller; the sums do not mind."""
     train = recipe.train
+    if train.per_device_train_batch_size == "auto":
+        assert train.global_batch_size != "auto"  # the section refuses it
+        reasons["train.gradient_accumulation_steps"] = "one row at a time, or fewer forwards of as many as fit"
+        return -(-train.global_batch_size // processes), train.global_batch_size
     together = train.per_device_train_batch_size * processes
     if train.global_batch_size != "auto":
         accumulation = -(-train.global_batch_size // together)

@@ -138,8 +138,9 @@ class Train(Spec):
     """Passes over the rows; `max_steps` overrides it."""
     max_steps: Positive | None = None
     """Optimiser steps, whatever the number of epochs."""
-    per_device_train_batch_size: Positive = 1
-    """Rows (pairs; bins when packed) in one forward of one process."""
+    per_device_train_batch_size: Positive | Literal["auto"] = 1
+    """Rows (pairs; bins when packed) in one forward of one process; `auto`: as many of the longest as fit into memory,
+    tried before the first step. The rows of a step stay those of `global_batch_size`."""
     global_batch_size: Positive | Literal["auto"] = "auto"
     """Rows in one optimiser step over all processes; the accumulation follows from it."""
     gradient_accumulation_steps: Positive | None = None
@@ -178,6 +179,8 @@ class Train(Spec):
     def _one_batch_rule(self) -> Self:
         if self.global_batch_size != "auto" and self.gradient_accumulation_steps is not None:
             raise ValueError("global_batch_size and gradient_accumulation_steps exclude each other; keep one")
+        if self.per_device_train_batch_size == "auto" and self.global_batch_size == "auto":
+            raise ValueError("per_device_train_batch_size: auto needs a number for global_batch_size")
         return self
 
 
