@@ -132,7 +132,8 @@ def method_misfits(seen: Seen) -> Iterator[Found]:
     """Settings of the method that do not fit how a step is made, and metrics of what gives no answers."""
     resolved, recipe = seen.plan.resolved, seen.recipe
     forwards = resolved.gradient_accumulation_steps * resolved.num_processes
-    shape = Shape(adapters=seen.adapted, forwards=forwards, rows=recipe.train.per_device_train_batch_size)
+    rows = recipe.train.per_device_train_batch_size
+    shape = Shape(adapters=seen.adapted, forwards=forwards, rows=1 if rows == "auto" else rows)
     for key, evidence, severity in recipe.method.misfits(shape):
         yield Found(key, evidence, severity="error" if severity == "error" else "warning")
     if recipe.eval.metric is not None and not recipe.method.generates:
