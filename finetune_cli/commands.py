@@ -258,8 +258,7 @@ def preview(
     bins, packed = packing(loaded.recipe, chat)
     most = n if n is not None else SCREEN if html is None else PAGE
     found = search(loaded.recipe, chat, rows=rows, where=where, most=most)
-    most_tokens = loaded.recipe.data.max_length
-    pages = (sheet for one in found for sheet in sheets(one, chat, max_length=most_tokens, bins=bins))
+    pages = (sheet for one in found for sheet in sheets(one, loaded.recipe, chat, bins))
     if html is not None:
         told = list(pages)
         preview_html.write(html, told, title=recipe.name, packed=packed)

@@ -66,7 +66,7 @@ def preview_screen() -> None:
     loaded, facts = opened(HERE / "recipes" / "quickstart.yaml", [])
     picture, chat = console(), bind(loaded.recipe, facts).chat
     found = search(loaded.recipe, chat, most=2)
-    pages = (sheet for one in found for sheet in sheets(one, chat, max_length=loaded.recipe.data.max_length, bins={}))
+    pages = (sheet for one in found for sheet in sheets(one, loaded.recipe, chat, {}))
     show_rows(picture, pages, packed="", where=None)
     save(picture, "preview", "finetune preview-template recipes/quickstart.yaml -n 2")
 

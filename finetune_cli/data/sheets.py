@@ -68,13 +68,14 @@ class Sheet:
     error: str = ""
 
 
-def sheets(found: Found, chat: Chat, *, max_length: int, bins: "Bins") -> Iterator[Sheet]:
+def sheets(found: Found, recipe: Recipe, chat: Chat, bins: "Bins") -> Iterator[Sheet]:
     """A sheet for each row of tokens of a row of the data."""
     outcome = found.outcome
     if outcome.error is not None:
         yield Sheet(outcome.source, found.place, error=f"{outcome.error.rule}: {reason(outcome.error)}")
         return
-    fed = asked(found, chat)
+    scored = recipe.method.labels() is not None  # a reward model is fed whole conversations
+    fed = [] if scored else asked(found, chat)
     for row, cause in found.parts:
         whole = found.whole.get(row.part, row)
         compared, differences = comparison(row, fed, chat)
@@ -86,7 +87,7 @@ def sheets(found: Found, chat: Chat, *, max_length: int, bins: "Bins") -> Iterat
             list(blocks(row, whole, found, chat)),
             row.length,
             0 if cause else row.targets,
-            f"{cause}: {why(row, cause, max_length)}" if cause else "",
+            f"{cause}: {why(row, cause, recipe.data.max_length)}" if cause else "",
             warned(found, row),
             compared,
             differences,

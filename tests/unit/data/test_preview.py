@@ -76,6 +76,8 @@ def test_previews_are_what_is_trained_on(rows_and_chat, overlength, loss_on, tem
         ([{"input_ids": [4, 5, 6], "labels": [-100, 5, 6]}, {"input_ids": [7, 8]}], "sft"),
         ([{"prompt": said("one"), "chosen": answer("a"), "rejected": answer("b")}], "dpo"),
         ([{"prompt": "one", "chosen": " a", "rejected": " b"}], "dpo"),
+        ([{"prompt": "one two", "chosen": " a", "rejected": " b"}], "orpo"),
+        ([{"prompt": said("one"), "chosen": answer("a"), "rejected": answer("b")}], "reward"),
         ([{"input_ids_chosen": [1, 2, 3], "input_ids_rejected": [1, 2, 4]}], "dpo"),
     ],
 )  # fmt: skip
@@ -83,7 +85,7 @@ def test_rows_of_other_shapes(rows_and_chat, rows, method):
     recipe, chat = rows_and_chat(rows, method=method, bos="<s>")
     found = in_previews(shown(recipe, chat))
     assert found == in_training(recipe, chat)
-    assert [row for row, _, name in found] == sorted([*range(len(rows))] * (2 if method == "dpo" else 1))
+    assert [row for row, _, name in found] == sorted([*range(len(rows))] * (1 if method == "sft" else 2))
 
 
 def test_the_first_token_is_no_target(rows_and_chat):

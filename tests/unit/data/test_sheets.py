@@ -11,7 +11,7 @@ from tests.helpers import QWEN3, R1, questions, said
 
 def sheets_of(recipe, chat, bins=None, **asked):
     found = search(recipe, chat, **asked)
-    return [s for one in found for s in sheets(one, chat, max_length=recipe.data.max_length, bins=bins or {})]
+    return [s for one in found for s in sheets(one, recipe, chat, bins or {})]
 
 
 def text_of(pieces, state=None):
@@ -57,6 +57,22 @@ def test_a_pair_has_its_prompt_once(rows_and_chat):
     prompt, chosen, rejected = (text_of([p for t in block.turns for p in t.pieces]) for block in sheet.blocks)
     assert prompt == "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
     assert (chosen.strip(), rejected.strip()) == ("good<|im_end|>", "bad<|im_end|>")
+    assert (sheet.prompts, sheet.differences) == (2, [])
+
+
+def test_a_pair_that_is_scored_is_not_compared_with_a_prompt(rows_and_chat):
+    pair = {"prompt": said("one"), "chosen": "good", "rejected": "bad"}
+    pair |= {name: said(pair[name], first="assistant") for name in ("chosen", "rejected")}
+    recipe, chat = rows_and_chat([pair], method="reward")
+    (sheet,) = sheets_of(recipe, chat)
+    assert (sheet.trained, sheet.prompts, sheet.differences) == (2, 0, [])
+
+
+def test_a_trained_prompt_is_shown_as_trained(rows_and_chat):
+    pair = {"prompt": "one", "chosen": " good", "rejected": " bad"}
+    recipe, chat = rows_and_chat([pair], method="orpo")
+    (sheet,) = sheets_of(recipe, chat)
+    assert sheet.trained == sum(turn.trained for block in sheet.blocks for turn in block.turns)
     assert (sheet.prompts, sheet.differences) == (2, [])
 
 
