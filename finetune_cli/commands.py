@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_cli import log, runs, show
+from finetune_cli import log, show
 from finetune_cli.checks import stages
 from finetune_cli.checks.files import files
 from finetune_cli.checks.rule import Seen
@@ -19,6 +19,7 @@ from finetune_cli.plan.resolve import Plan, resolve
 from finetune_cli.recipe.load import Loaded, load
 
 if TYPE_CHECKING:
+    from finetune_cli import runs
     from finetune_cli.recipe.fix import Fixed
 
 
@@ -139,9 +140,11 @@ def plan(recipe: Path, overrides: Sequence[str], *, as_json: bool) -> int:
     return 0
 
 
-def run(recipe: Path, overrides: Sequence[str], options: runs.Options) -> int:
+def run(recipe: Path, overrides: Sequence[str], options: "runs.Options") -> int:
     if options.resume and options.overwrite:
         raise RecipeError("--resume and --overwrite exclude each other", "Keep one of them.")
+    from finetune_cli import runs
+
     made, loaded, warnings = planned(recipe, overrides)
     if not options.as_json and (not launch.inside() or log.rank() == 0):
         show.warnings(warnings)

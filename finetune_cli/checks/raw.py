@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_cli.checks.rule import FEW, Found, SeenRaw, share
-from finetune_cli.data.sources import Table, load
 from finetune_cli.errors import DataError
 from finetune_cli.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from finetune_cli.data.sources import Table
 
 TELLING = ("chosen", "rejected", "completion", "system", "tools")
 """Columns that are part of a row wherever they are."""
@@ -15,8 +17,10 @@ CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
 """Columns that may hold messages."""
 
 
-def tables_of(recipe: Recipe) -> dict[str, list[Table]]:
+def tables_of(recipe: Recipe) -> "dict[str, list[Table]]":
     """The sources of every set, by its key in the recipe. Raises DataError for a file that cannot be read."""
+    from finetune_cli.data.sources import load
+
     data, accepts = recipe.data, recipe.method.shapes
     train: list[Table] = []
     for source in data.train:

@@ -4,7 +4,6 @@ import math
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from statistics import fmean
 from typing import Any
 
 from finetune_cli.checks.lints import in_steps
@@ -229,7 +228,7 @@ def length_bias(seen: SeenRows) -> Iterator[Found]:
         both = [branches for row in found.rows if (branches := pair(row))]
         if len(both) < 2:
             continue
-        chosen, rejected = (fmean(len(b.ids) for b in column) for column in zip(*both, strict=True))
+        chosen, rejected = (sum(len(b.ids) for b in column) / len(both) for column in zip(*both, strict=True))
         ratio = chosen / rejected if rejected else math.inf
         if not 1 / LONGER <= ratio <= LONGER:
             said = (
