@@ -96,7 +96,7 @@ def in_steps(seen: Seen, total: int, key: str) -> Iterator[Found]:
     train, run = seen.recipe.train, counted(total, "step")
     if train.warmup_steps is not None and train.warmup_steps >= total:
         said = f"the learning rate rises for {train.warmup_steps} of {run}: it never gets where it is meant to"
-        yield Found("train.warmup_steps", said, f"use {total // 10} or less, or warmup_ratio")
+        yield Found("train.warmup_steps", said, f"use {max(1, total // 10)} or less, or warmup_ratio")
     for name, steps in (("save.save_steps", seen.recipe.save.save_steps), ("eval.eval_steps", every_eval(seen))):
         if steps is not None and steps >= 1 and steps > total:
             said = f"{steps:g} is past the end of the run of {run}: it happens at the end alone"
