@@ -58,6 +58,8 @@ def ends(row: Row) -> Iterator[tuple[Branch, int]]:
 def stops(seen: SeenRows) -> Iterator[tuple[str, str, list[int], int]]:
     """(key, kind, rows, ends in all) where trained spans do not end in a token that inference stops on. The kinds:
     special (another special token), marker (text that is no token), other."""
+    if not seen.recipe.method.generates:  # a score is no answer that has to stop
+        return
     declared = set(seen.stops)
     special = set(seen.tokenizer.all_special_ids) | {
         i for i, token in seen.tokenizer.added_tokens_decoder.items() if token.special

@@ -197,6 +197,8 @@ RULES: tuple[Rule, ...] = (
         "1311, LF 8974). The shapes of a starting adapter are compared with its base as well.",
         "name the model that the policy starts from",
         model=model.other_models,
+        held="Before the first step the policy and its reference give the same log-probabilities, or the run stops.",
+        proof="tests/unit/engine/test_reference.py::test_before_the_first_step_every_margin_is_exactly_0",
     ),
     Rule(
         "FT019",

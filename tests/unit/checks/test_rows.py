@@ -64,6 +64,16 @@ def test_ft003_no_answer_ends_in_a_stop_token(of, tmp_path):
     assert of("FT003") == []
 
 
+def test_ft003_a_method_that_trains_no_answers_is_not_asked(seen):
+    from finetune_cli.methods.reward import Reward
+
+    scored = Row([5], (Branch([60, 70, 80], [False, False, True], "chosen"),))
+    assert trips("FT003", "rows", with_rows(seen, scored))
+    recipe = seen.recipe.model_copy(update={"method": Reward()})
+    ranks = replace(seen, plan=seen.plan.model_copy(update={"recipe": recipe}))
+    assert trips("FT003", "rows", with_rows(ranks, scored)) == []
+
+
 def test_ft004_some_answers_do_not_end_in_a_stop_token(seen):
     stop = seen.stops[0]
     good = [Row([5], (Branch([60, 70, stop], [True] * 3),), n) for n in range(11)]
