@@ -89,7 +89,7 @@ RULES: tuple[Rule, ...] = (
         "set model.chat_template, use an instruct model, or write rows of text or prompt + completion",
         raw=raw.no_template,
         held="Masks come from the renders of the template as shipped, and are proved row by row.",
-        proof="tests/unit/data/test_chat.py::test_trl_templates",
+        proof="tests/parity/test_templates.py::test_every_template_and_shape",
     ),
     Rule(
         "FT008",

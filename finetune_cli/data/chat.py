@@ -42,7 +42,7 @@ class Chat:
     What it returns is made when first looked at, together with all that has been asked for until then: ask for many
     rows (of `batched`), then read them. `note` hears the id and message of what is odd and trained all the same:
     straddling, retokenised, no_stop, reasoning_lost, tools_lost, leading_assistant, template_kwargs, template_mismatch,
-    message_form, control_token, generation_markers.
+    message_form, control_token, unmarked.
     """
 
     tokenizer: Any

@@ -117,10 +117,16 @@ class Script:
         while left:
             last = left[max(left)]
             text, spans = self.row_text(last), []
+            marked = self.marked(last, text)
             for turn in sorted(left.values()):
                 end = end_in(text, turn, self.style) if turn.kwargs == last.kwargs else None
                 if end is not None:
-                    spans.append((len(turn.prompt), end))
+                    if marked is None or any(a < end and b > len(turn.prompt) for a, b in marked):
+                        spans.append((len(turn.prompt), end))
+                    else:
+                        self.notes.append(
+                            ("unmarked", f"no `{{% generation %}}` block has message {turn.at}: not trained")
+                        )
                     del left[turn.at]
             out.insert(0, (text, spans))
         return out or [(self.upto(len(self.messages), {}), [])]
@@ -132,6 +138,20 @@ class Script:
         self.notes.append(("no_stop", f"the template does not end message {turn.at} with a stop token"))
         longer = self.upto(turn.at + 2, turn.kwargs) if turn.at + 1 < len(self.messages) else ""
         return longer if end_in(longer, turn, self.style) else turn.full
+
+    def marked(self, last: Turn, text: str) -> list[Span] | None:
+        """What the template's own `{% generation %}` blocks enclose of the row that ends with `last` or one later.
+
+        They tell which turns are meant to be trained. Where a turn begins and ends they do not tell: most enclose what
+        the generation prompt holds already, or white space after the stop, and some leave the stop out.
+        """
+        if not self.style.render.marks:
+            return None
+        for count in (last.at + 1, last.at + 2):
+            render, blocks = self.style.render.marked(self.messages[:count], self.tools, {**self.kwargs, **last.kwargs})
+            if render == text:
+                return blocks
+        return None
 
     def everything(self) -> list[Text]:
         """One render, trained up to and including its last stop."""

@@ -241,3 +241,53 @@ def test_lost():
     assert lost({"role": "user", "content": "a"}, "b") == {"content"}
     assert lost({"role": "assistant", "content": "<think>hm</think>a"}, "a") == {"reasoning"}
     assert lost({"role": "tool", "content": '{"a": 12345}'}, '{"a":12345}') == set()
+
+
+MARKED = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' and m.content != 'no' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}",
+)
+
+
+def test_generation_blocks_say_which_turns_are_trained_and_not_where_they_end():
+    chat = Chat.bind(tiny_tokenizer(MARKED))
+    assert trained(chat, said("a", "b", "c", "no", "e", "f")) == [["b<|im_end|>", "f<|im_end|>"]]
+    assert "message 3" in notes_of(chat, said("a", "b", "c", "no"))["unmarked"]
+    assert notes_of(chat, said("a", "b")) == {}
+
+
+def test_no_content_beside_tool_calls_becomes_empty_text_where_the_template_needs_one():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    talk = [*said("add"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    strict = CALLS.replace("{{ m.content }}", "{{ m.content.strip() }}")
+    assert trained(Chat.bind(tiny_tokenizer(strict)), talk) == [['<call>add {"a": 1}</call><|im_end|>']]
+
+
+@pytest.mark.parametrize("name", ["header", "truncates", "window"])
+def test_templates_that_change_what_was_said_are_refused(name):
+    template = {
+        "header": "<n={{ messages | length }}>" + CHATML,
+        "truncates": CHATML.replace("m.content", "m.content[:12]"),
+        "window": CHATML.replace("in messages", "in messages[-2:]"),
+    }[name]
+    reason = {"header": "rewrites the history", "truncates": "loses the content", "window": "loses the content"}[name]
+    with pytest.raises(DataError, match=reason):
+        trained(Chat.bind(tiny_tokenizer(template)), said("one", "a rather long answer", "three", "four"))
+
+
+def test_llama_2_and_the_text_that_it_puts_around_an_answer():
+    """The space before the answer is generated, as is the one before the stop; BOS opens every exchange."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content | trim }} [/INST]"
+        "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+    )
+    chat = Chat.bind(tiny_tokenizer(template, bos="<s>", eos="</s>"))
+    assert trained(chat, said("a", "b", "c", "d")) == [[" b </s>", " d </s>"]]
+
+
+def test_a_template_that_shows_python_lists_gets_text():
+    talk = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in said("a", "b")]
+    chat = bound("chatml")
+    assert trained(chat, talk) == [["b<|im_end|>"]]
+    assert "content as text" in notes_of(chat, talk)["message_form"]
