@@ -202,9 +202,10 @@ def methods(name: str | None) -> int:
         raise RecipeError(f"there is no method {name!r}", f"Known: {', '.join(known)}.")
     method = known[name]
     show.out.print(f"{name}: {method.summary}\nrows: {', '.join(method.shapes)}")
+    manual = method.manual()
     for key, info in method.model_fields.items():
         if key != "name":
-            about = " ".join((info.description or "").split())
+            about = " ".join(manual.get(key, "").split())
             show.out.print(f"  {key} = {json.dumps(info.default)}\n      {about}", markup=False)
     return 0
 

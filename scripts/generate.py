@@ -75,9 +75,10 @@ def keys(spec: type[Spec]) -> str:
 
 
 def key_rows(spec: type[Spec]) -> Iterator[tuple[str, ...]]:
+    manual = spec.manual()
     for key, where in fields(spec).items():
         info = spec.model_fields[key]
-        about = info.description or " ".join(prose(section) for section in where.specs)
+        about = manual.get(key) or " ".join(prose(section) for section in where.specs)
         is_section = spec is Recipe and where.specs
         link = f"[`{key}`](#{'methods' if key == METHOD else key})" if is_section else f"`{key}`"
         yield link, type_words(where), default_words(info.get_default(), required=info.is_required()), about
