@@ -120,6 +120,20 @@ def explain(rule: Annotated[str | None, typer.Argument(metavar="[FTnnn]", help="
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write: RUN/report.html, or comparison.html.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the page of a run, or of several beside one another."""
+    from finetune_cli import using
+
+    raise typer.Exit(using.report(runs, output, as_json=as_json))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe."""
     from finetune_cli import commands

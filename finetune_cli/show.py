@@ -335,10 +335,26 @@ def closing(plan: Plan, report: Mapping[str, Any]) -> Group:
         f"{report['tokens_per_second'] or 0:,.0f} tokens/s, peak memory {report['peak_memory_gib']:.1f} GiB",
         f"the result is {report['result']['checkpoint']} ({report['result']['is']}), in {run}",
         "next:",
+        f"  open {run}/report.html in a browser",
         f"  tensorboard --logdir {run}/tensorboard",
         f"  {load_line(plan, run)}",
     ]
     return Group(table, Text("\n".join(lines)))
+
+
+def beside(told: Mapping[str, Any]) -> None:
+    """Several runs: the keys that differ, and the numbers at their ends."""
+    names = [one["name"] for one in told["runs"]]
+    keys = dict.fromkeys(key for one in told["runs"] for key in one["last"] if key == "loss" or key.startswith("eval_"))
+    ends = {key: {one["name"]: one["last"].get(key, "") for one in told["runs"]} for key in keys}
+    for title, rows in (("what differs", told["differing"]), ("at the end", ends)):
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in (title, *names):
+            table.add_column(escape(column), overflow="fold")
+        for key, values in rows.items():
+            cells = (values[name] for name in names)
+            table.add_row(key, *(f"{cell:.4g}" if isinstance(cell, float) else escape(_plain(cell)) for cell in cells))
+        out.print(table)
 
 
 def load_line(plan: Plan, run: str) -> str:

@@ -91,11 +91,22 @@ def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: 
     job.peaks = job.gather(job.memory_gib())
     if job.accelerator.is_main_process:
         report = finish.finish(job, progress, lines)
+        page_of(plan.run)
         journal.close()
         trackers.close()
         show({"event": "end", "report": report, "run": str(plan.run)})
     job.accelerator.wait_for_everyone()
     job.accelerator.end_training()
+
+
+def page_of(run: Path) -> None:
+    """report.html. The run is over and whole: where the page cannot be written, that is said and is no failure."""
+    from finetune_cli.use import report
+
+    try:
+        report.write([run])
+    except MachineError as error:
+        log.LOGGER.warning("%s; `finetune report %s` writes it later", error.message, run)
 
 
 def _classify(error: Exception) -> tuple[int, FinetuneError]:

@@ -1,19 +1,16 @@
 """Previewed rows as one page for a browser, with nothing outside it and everything that comes from a row escaped."""
 
-import hashlib
 import re
-from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from finetune_cli.data.sheets import Sheet
 from finetune_cli.data.visible import CONTROLS
 from finetune_cli.errors import MachineError
+from finetune_cli.use.page import render
 
-HERE = Path(__file__).parent
 OPEN = 10
 """Rows that are unfolded at first, of a page with more than twice as many."""
 SPACES = re.compile(r"\n|\t| ")
@@ -29,22 +26,17 @@ def write(path: Path, sheets: Sequence[Sheet], *, title: str, packed: str = "") 
 
 
 def page(sheets: Sequence[Sheet], *, title: str, packed: str = "") -> str:
-    script = (HERE / "preview.js").read_text(encoding="utf-8")
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["visible"] = visible
-    return environment.get_template("preview.html.jinja").render(
+    return render(
+        "preview.html.jinja",
+        style="preview.css",
+        script="preview.js",
         sheets=sheets,
         title=title,
         packed=packed,
         here={(sheet.row, sheet.part) for sheet in sheets},
         totals=totals(sheets),
+        visible=visible,
         unfolded=len(sheets) if len(sheets) <= 2 * OPEN else OPEN,
-        style=Markup((HERE / "preview.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        # should an escape ever fail, a browser still runs no other script than this one
-        allowed=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 

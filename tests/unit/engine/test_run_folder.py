@@ -72,7 +72,8 @@ def test_everything_that_the_contract_names(recipe_of, run_here, eval_rows):
     plan, job = run_here(path)
     run = plan.run
     assert names(run) == {
-        "recipe.yaml", "plan.json", "metrics.jsonl", "report.json", "trainer_state.json", "README.md", "tensorboard",
+        "recipe.yaml", "plan.json", "metrics.jsonl", "report.json", "report.html", "trainer_state.json",
+        "README.md", "tensorboard",
         "checkpoint-2", "checkpoint-4", "checkpoint-5",
     } | TOKENIZER | ADAPTER  # fmt: skip
     training = {"optimizer.pt", "scheduler.pt", "rng_0.pt", "trainer_state.json", "manifest.json"}
