@@ -19,7 +19,7 @@ Request = dict[str, Any]
 class Asked:
     """What one row of the data asks for; answered together with what other rows have asked for by then.
 
-    A request is for `spans.answer`, and its result `texts`; a plain text comes without one.
+    A request is for `answers.answer`, and its result `texts`; a plain text comes without one.
     """
 
     request: Request | None = None

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -94,3 +94,9 @@ def lost(message: Message, text: str) -> set[str]:
     parts = {"content": said, "reasoning": thoughts, "tool calls": calls}
     gone = {name for name, values in parts.items() if not all(survives(value, text) for value in values)}
     return gone | ({"content"} if printed else set())
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Finds the longest of some strings."""
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

@@ -27,8 +27,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from finetune_cli.data.answers import answer
 from finetune_cli.data.sandbox import TOO_LARGE
-from finetune_cli.data.spans import Style, answer
+from finetune_cli.data.spans import Style
 
 CHARACTERS = 10_000_000
 """The longest render."""

@@ -10,11 +10,11 @@ stripped, say) get a row of their own, and a turn whose F does not start with P 
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
-from finetune_cli.data.forms import REASONING, Message, converted, forms, in_parts, lost, parsed, plain, text_of
+from finetune_cli.data.forms import REASONING, Message, any_of, converted, in_parts, lost, text_of
 from finetune_cli.errors import DataError
 
 Span = tuple[int, int]
@@ -291,44 +291,3 @@ def shared(one: str, other: str) -> int:
     """How many characters two texts have in common at their beginning."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Finds the longest of some strings."""
-    longest_first = sorted(names, key=lambda name: (-len(name), name))
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
-def answer(style: Style, request: Mapping[str, Any]) -> dict[str, Any]:
-    """What `request` wants of its messages: texts that train some `turns` or all; one turn's prompt; or what
-    inference feeds after the last.
-
-    {"result", "notes"}, or {"error": [message, hint]} where no form of the messages gives it.
-    """
-    uses: dict[str, Callable[[Script], Any]] = {
-        "turns": lambda script: script.texts(request["turns"]),
-        "all": Script.everything,
-        "prompt": lambda script: script.best(*request["turns"])[1:4],
-        "feeds": lambda script: script.upto(len(script.messages), {}, prompt=True),
-    }
-    try:
-        result, notes = in_some_form(style, request, uses[request["want"]])
-    except DataError as error:
-        return {"error": [error.message, error.hint]}
-    return {"result": result, "notes": notes}
-
-
-def in_some_form(style: Style, request: Mapping[str, Any], use: Callable[[Script], Any]) -> Any:
-    """(`use` of the conversation, notes) in the first form that the template renders whole; else the first refusal,
-    of a form that it renders at all where there is one."""
-    tools, kwargs = parsed(request.get("tools")) or None, request.get("kwargs") or {}
-    refusals: list[DataError] = []
-    for name, form in forms([plain(message) for message in request["messages"]]):
-        script = Script(style, form, tools, kwargs, [("message_form", f"rendered with {name}")] if name else [])
-        try:
-            return use(script), script.notes
-        except Mismatch:
-            raise
-        except DataError as error:
-            refusals.append(error)
-    raise min(refusals, key=lambda error: isinstance(error, Raised))

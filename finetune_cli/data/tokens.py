@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Self
 
-from finetune_cli.data.spans import Span, Text, any_of
+from finetune_cli.data.forms import any_of
+from finetune_cli.data.spans import Span, Text
 from finetune_cli.errors import DataError
 
 LONGEST_HEAD = 100
