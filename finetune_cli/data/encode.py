@@ -171,8 +171,8 @@ def encode_table(method: Method, table: Table, chat: Chat, data: Data) -> list[O
     batches = [table.raws[k : k + TOGETHER] for k in range(0, len(table.raws), TOGETHER)]
     if len(batches) < 2:
         return [outcome for raws in batches for outcome in some(raws)]
-    # threads, because templates render in a process of their own and the tokenizer runs outside Python's lock
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
+    # threads, because the tokenizer runs outside Python's lock; one more, because one waits for the templates' process
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1) + 1) as threads:
         return [outcome for outcomes in threads.map(some, batches) for outcome in outcomes]
 
 
