@@ -185,7 +185,7 @@ class Job:
     def save(self, progress: Any) -> Path:
         """Write a checkpoint and remove what is beyond the limit. Collective."""
         folder = self.plan.run / f"{PREFIX}{progress.step}"
-        rngs, pending = self.gather(checkpoint.rng_state()), progress.sums.over_processes(self)
+        rngs, pending = self.gather(checkpoint.rng_state()), self.gather(progress.sums.own())
         if self.accelerator.is_main_process:
             training = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
             training |= {f"rng_{rank}": rng for rank, rng in enumerate(rngs)}

@@ -39,18 +39,17 @@ class Sums:
     def finite(self) -> bool:
         return all(math.isfinite(float(total)) for total, _ in self._sums.values())
 
-    def over_processes(self, job: Job) -> dict[str, list[float]]:
-        """name -> [sum, count] of all processes. Collective: every process must call it with the same names."""
+    def own(self) -> dict[str, list[float]]:
+        """name -> [sum, count] of this process."""
+        return {name: [float(x) for x in pair] for name, pair in self._sums.items()}
+
+    def means(self, job: Job) -> dict[str, float]:
+        """Collective: every process must call it with the same names. Starts anew."""
         names = sorted(self._sums)
         flat = torch.tensor([float(x) for name in names for x in self._sums[name]], dtype=torch.float64)
         total = job.sum_over_processes(flat)
-        return {name: total[2 * i : 2 * i + 2] for i, name in enumerate(names)}
-
-    def means(self, job: Job) -> dict[str, float]:
-        """Collective, like `over_processes`. Starts anew."""
-        pairs = self.over_processes(job)
         self._sums.clear()
-        return {name: total / count for name, (total, count) in pairs.items() if count}
+        return {name: total[2 * i] / total[2 * i + 1] for i, name in enumerate(names) if total[2 * i + 1]}
 
 
 @dataclass
@@ -87,16 +86,17 @@ class Progress:
     saved: int = 0
     """The step of the last checkpoint whose evaluation was done."""
 
-    def to_json(self, sums: Mapping[str, Sequence[float]] | None = None) -> dict[str, Any]:
-        """`sums` are those of all processes."""
+    def to_json(self, sums: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+        """`sums` are those of every process, in order of rank."""
         best = list(self.best) if self.best else None
-        inner = {"sums": dict(sums or {}), "clock": vars(self.clock), "health": vars(self.health)}
+        inner = {"sums": list(sums), "clock": vars(self.clock), "health": vars(self.health)}
         return {**vars(self), "best": best, **inner}
 
     @classmethod
     def from_json(cls, state: dict[str, Any], *, rank: int = 0) -> "Progress":
-        """The first process takes the sums of all."""
-        sums = {name: pair if rank == 0 else [0.0, 0.0] for name, pair in state["sums"].items()}
+        """Each process takes its own sums; one that was not there before starts with none."""
+        every = state["sums"]
+        sums = every[rank] if rank < len(every) else {name: [0.0, 0.0] for name in every[0]}
         best = tuple(state["best"]) if state["best"] else None
         clock, health = Clock(**state["clock"]), Health(**state["health"])
         return cls(**{**state, "best": best, "sums": Sums(sums), "clock": clock, "health": health})

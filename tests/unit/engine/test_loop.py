@@ -173,7 +173,7 @@ def test_total_steps(epochs, max_steps, total):
 def test_progress_survives_json():
     progress = Progress(step=3, num_tokens=5, best=(-1.5, 2), first={"loss": 2.0}, last={"loss": 1.0})
     for one in (progress, Progress()):
-        pending = {"loss": [1.5, 3.0]}
+        pending = [{"loss": [1.5, 3.0]}]
         text = json.dumps(one.to_json(pending))
         assert json.dumps(Progress.from_json(json.loads(text)).to_json(pending)) == text
 

@@ -1,6 +1,7 @@
 """The run folder that people script against: what is in it, what it says, how it is gone on with."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -462,3 +463,146 @@ def test_error_of_a_worker_is_its_own_class_with_its_problems(recipe_of):
         runs.report_end(plan, 3)
     assert [problem.line for problem in caught.value.problems] == [1, 2]
     assert not (plan.run / "traceback.txt").exists()
+
+
+def unfinished(run_here, path, *, steps=2):
+    """A run of four steps whose last checkpoint is of step 2, as if it had been killed after it."""
+    plan, _ = run_here(path)
+    (plan.run / "report.json").unlink()
+    for folder in manifest.found(plan.run):
+        if manifest.step_of(folder) > steps:
+            shutil.rmtree(folder)
+    return plan
+
+
+def test_harmless_and_rounding_changes_go_on(recipe_of, run_here, caplog):
+    path = recipe_of(train={"max_steps": 4}, save={"save_steps": 2})
+    plan = unfinished(run_here, path)
+    with caplog.at_level("WARNING", logger="finetune_cli"):
+        run_here(path, "save_steps=1", "logging_steps=2", "per_device_train_batch_size=4", resume=True)
+    assert "per_device_train_batch_size: 2 -> 4: the same training to rounding" in caplog.text
+    assert "save_steps" not in caplog.text
+    assert [line["step"] for line in journal(plan.run) if line["event"] == "train"] == [1, 2, 4]
+
+
+def test_training_keys_stop_with_the_list_and_anyway_goes_on(recipe_of, run_here, caplog):
+    path = recipe_of(train={"max_steps": 4}, save={"save_steps": 2})
+    plan = unfinished(run_here, path)
+    before = (plan.run / "plan.json").read_text()
+    changed = ("learning_rate=1e-3", "weight_decay=0.5", "seed=7")
+    with pytest.raises(RecipeError) as caught:
+        run_here(path, *changed, resume=True)
+    for line in ("seed: 42 -> 7; the order of the rows", "train.learning_rate: 0.0005 -> 0.001", "train.weight_decay"):
+        assert line in caught.value.message
+    assert "--resume-anyway" in caught.value.hint
+    assert caught.value.exit_code == 2
+    assert (plan.run / "plan.json").read_text() == before  # nothing was written
+    with caplog.at_level("WARNING", logger="finetune_cli"):
+        _, job = run_here(path, *changed, resume=True, anyway=True)
+    assert "train.weight_decay: 0.0 -> 0.5: the new value holds from here on" in caplog.text
+    assert {group["weight_decay"] for group in job.optimizer.param_groups} == {0.5}
+    rates = {line["step"]: line["learning_rate"] for line in journal(plan.run) if line["event"] == "train"}
+    assert rates[3] == pytest.approx(1e-3 * 0.5)  # half of the cosine of four steps
+    assert rates[2] == pytest.approx(5e-4 * (1 + 0.5**0.5) / 2)
+
+
+def test_another_method_or_no_adapter_is_no_resume_at_all(recipe_of, run_here):
+    path = recipe_of(train={"max_steps": 4, "learning_rate": 5e-5}, save={"save_steps": 2})
+    unfinished(run_here, path)
+    full = recipe_of(name="full.yaml", lora=None, train={"max_steps": 4, "learning_rate": 5e-5})
+    with pytest.raises(RecipeError, match="lora: ") as caught:
+        run_here(full, resume=True, anyway=True)
+    assert "--resume-anyway" not in caught.value.hint
+
+
+def test_rows_are_compared_not_their_path(recipe_of, run_here, tmp_path):
+    path = recipe_of(train={"max_steps": 4}, save={"save_steps": 2})
+    plan = unfinished(run_here, path)
+    (tmp_path / "moved.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
+    moved = recipe_of(name="moved.yaml", train={"max_steps": 4}, save={"save_steps": 2})
+    moved.write_text(moved.read_text().replace("train.jsonl", "moved.jsonl"))
+    run_here(moved, resume=True)
+    (plan.run / "report.json").unlink()
+    for folder in manifest.found(plan.run)[1:]:
+        shutil.rmtree(folder)
+    with (tmp_path / "moved.jsonl").open("a") as file:
+        file.write(json.dumps(questions(1, first=77)[0]) + "\n")
+    with pytest.raises(RecipeError, match="the rows are not those that checkpoint-2 was trained on") as caught:
+        run_here(moved, resume=True)
+    assert caught.value.exit_code == 2
+    run_here(moved, resume=True, anyway=True)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_more_steps_are_a_supported_change(recipe_of, run_here, caplog, finished):
+    """The schedule is that of the longer run from here on, of a finished run too; fewer steps than done are refused."""
+    path = recipe_of(train={"max_steps": 4}, save={"save_steps": 2})
+    plan = unfinished(run_here, path, steps=4 if finished else 2)
+    if finished:
+        run_here(path, resume=True)
+        assert runs.ended(plan)
+    longer, _, _ = commands.planned(path, ["max_steps=8"])
+    assert not runs.ended(longer)
+    with caplog.at_level("WARNING", logger="finetune_cli"):
+        run_here(path, "max_steps=8", resume=True)
+    start = 4 if finished else 2
+    wanted = 5e-4 * (1 + math.cos(math.pi * start / 8)) / 2
+    was = 0.0 if finished else 2.5e-4
+    said = f"schedule is now that of 8 steps: the learning rate of step {start + 1} is {wanted:.3g}, it would have been"
+    assert f"{said} {was:.3g}" in caplog.text
+    rates = {line["step"]: line["learning_rate"] for line in journal(plan.run) if line["event"] == "train"}
+    assert rates[start + 1] == pytest.approx(wanted)
+    assert sorted(rates) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert json.loads((plan.run / "report.json").read_text())["steps"] == 8
+    with pytest.raises(RecipeError, match="past the end of this run, which has 3 steps"):
+        run_here(path, "max_steps=3", resume=True)
+
+
+def test_another_recipe_is_no_finished_run(recipe_of, run_here):
+    path = recipe_of()
+    plan, _ = run_here(path)
+    assert runs.ended(plan)
+    assert runs.ended(commands.planned(path, ["save_steps=1"])[0])
+    with pytest.raises(RecipeError, match=r"train\.learning_rate"):
+        runs.ended(commands.planned(path, ["learning_rate=1e-3"])[0])
+
+
+@pytest.mark.slow
+def test_interrupted_run_ends_with_the_same_bits(recipe_of, run_here, tmp_path):
+    """Through the command, in two processes; Ctrl-C goes to all of them, and comes again through the parents."""
+    sections = {
+        "lora": {"lora_dropout": 0.1}, "train": {"max_steps": 400}, "launch": {"num_processes": 2},
+        "save": {"save_steps": 400}, "logging": {"logging_steps": 7}, "eval": {"eval_strategy": "no"},
+    }  # fmt: skip
+    path = recipe_of(**sections)
+    whole = finetune("run", str(path), "--set", f"output_dir={tmp_path / 'whole'}", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "finetune_cli", "run", str(path)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    said = ""
+    while "step    14" not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+    os.killpg(process.pid, signal.SIGINT)
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said + rest
+    assert "Traceback" not in rest
+    [saved] = manifest.found(tmp_path / "run")
+    assert f"saved as {saved.name}" in rest
+    assert "--resume" in rest
+    assert 14 <= manifest.step_of(saved) < 400
+    assert manifest.read(saved)["world_size"] == 2
+    done = finetune("run", str(path), "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "whole"))
+    assert all(bool((one[name] == other[name]).all()) for name in one)
+    numbers = [
+        [{k: line.get(k) for k in ("step", "loss", "grad_norm")} for line in journal(tmp_path / name) if "loss" in line]
+        for name in ("run", "whole")
+    ]
+    assert numbers[0] == numbers[1]
