@@ -93,7 +93,8 @@ def ended(plan: Plan) -> bool:
 
 def resumed(plan: Plan, options: Options) -> Path | None:
     """The checkpoint to go on from, None where there is none yet; says what has changed since."""
-    manifest.recover(plan.run)
+    if log.rank() == 0:
+        manifest.recover(plan.run)
     folder = manifest.newest_whole(plan.run)
     if folder is None:
         log.LOGGER.warning("no checkpoint yet: the run starts afresh")
