@@ -120,6 +120,32 @@ def explain(rule: Annotated[str | None, typer.Argument(metavar="[FTnnn]", help="
 
 
 @app.command()
+def chat(
+    run: Annotated[str, typer.Argument(help="A run, one of its checkpoints, or any model.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer, end.")] = None,
+    before: Annotated[bool, typer.Option("--before", help="Beside it what the model answered before.")] = False,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Feed the text as it is, without the chat template.")] = False,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Not the recipe's; 0 is greedy.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Not the recipe's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Talk to what was trained."""
+    from finetune_cli import using
+
+    talk = using.Talk(prompt, system, before, raw, temperature, max_new_tokens, as_json)
+    raise typer.Exit(using.chat(run, talk))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Look at this machine: a block to paste, and the command that mends each thing that is wrong."""
+    from finetune_cli import using
+
+    raise typer.Exit(using.doctor(as_json=as_json))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
     output: Annotated[

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -368,3 +368,21 @@ def load_line(plan: Plan, run: str) -> str:
 def to_stdout(value: Any) -> None:
     """One JSON value on stdout."""
     sys.stdout.write(to_json(value) + "\n")
+
+
+def piece(text: str) -> None:
+    """A piece of an answer, at once; control characters would reach the terminal."""
+    out.file.write("".join(c for c in text if c in "\n\t" or c.isprintable()))
+    out.file.flush()
+
+
+def asked() -> Iterator[str]:
+    """What a person types, until an empty line or the end of the input."""
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not text:
+            return
+        yield text
