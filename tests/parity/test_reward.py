@@ -114,7 +114,7 @@ PAIRS = {
         for i in range(4)
     ],
     "texts": [
-        {"prompt": f"And {i}? ", "chosen": "It is four, as I said before.", "rejected": "Five."} for i in range(4)
+        {"prompt": f"And {i}?", "chosen": " It is four, as I said before.", "rejected": " Five."} for i in range(4)
     ],
 }
 
