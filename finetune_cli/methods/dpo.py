@@ -260,7 +260,7 @@ class Dpo(Pairwise):
             (False, "sync_ref_model moves it") if self.sync_ref_model
             else (True, "so that no second model is held") if other or start.trains == "all weights"
             else (True, f"each pair is seen {start.passes:g} times") if (start.passes or 0) > 1
-            else (False, "each pair is seen once")
+            else (False, "each pair is seen once" if start.passes else "the run counts steps")
         )  # fmt: skip
         if self.precompute_ref_log_probs != "auto":
             reason = self.precompute_ref_log_probs, "method.precompute_ref_log_probs"
