@@ -1,6 +1,6 @@
 """Times a training step of ours beside TRL's trainer, on the same rows, in turns, each side in a process of its own.
 
-    python scripts/bench.py sft                 a small model on the CPU
+    python scripts/bench.py sft                 a small model on the CPU; dpo, orpo and reward likewise
     python scripts/bench.py sft --gpu           the shape of a 7B model with random weights on one GPU
 
 The parent imports no torch (a process inherits its parent's peak memory on Linux) and speaks to the workers over pipes,
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import accumulate, cycle, islice, pairwise
@@ -236,7 +237,10 @@ class Set:
     """TRL's trainer, ready to train, with some callbacks."""
     held: Callable[[Mapping[str, Any]], tuple[list[int], int]]
     """(lengths of the rows, supervised tokens) of a batch of TRL's."""
-    flops: Callable[[Shape, Sequence[int], int], dict[str, float]]
+    flops: Callable[[Shape, Sequence[int], int], dict[str, float]] | None
+    """None where the work is not counted."""
+    sequences: int = 1
+    """Sequences that TRL makes of a row."""
 
 
 def arguments(settings: Settings) -> Record:
@@ -280,7 +284,94 @@ def sft_held(inputs: Mapping[str, Any]) -> tuple[list[int], int]:
     return lengths, int((labels[0] != -100).sum()) - int((labels[0][starts] != -100).sum())
 
 
-SETS = {"sft": Set({"name": "sft"}, short_rows, completion_row, sft_trainer, sft_held, sft_flops)}
+# ── pairs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def chat_pairs(count: int, *, scale: float = 1.0) -> list[Record]:
+    """Questions of 60 to 600 words with two answers of about 320 each, as texts: the lengths of chat preferences."""
+    draw = random.Random(f"pairs {SEED}")
+    rows = []
+    for _ in range(count):
+        asked = f"### Instruction:\n{sentence(draw, round(draw.randint(60, 600) * scale))}\n\n### Response:\n"
+        chosen, rejected = (sentence(draw, max(2, round(draw.randint(240, 400) * scale))) for _ in range(2))
+        rows.append({"prompt": asked, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def pair_row(raw: Mapping[str, Any]) -> Record:
+    """{prompt, chosen, rejected} as texts, of a row already so or of a conversation with two answers. Raises DataError
+    for any other."""
+    if all(isinstance(raw.get(key), str) for key in ("prompt", "chosen", "rejected")):
+        return {key: raw[key] for key in ("prompt", "chosen", "rejected")}
+    turns, answers = raw.get("conversations"), [raw.get("chosen"), raw.get("rejected")]
+    if isinstance(turns, list) and all(isinstance(answer, dict) and "value" in answer for answer in answers):
+        asked = "".join(f"### {turn['from']}:\n{turn['value']}\n\n" for turn in turns) + "### gpt:\n"
+        return {"prompt": asked, "chosen": answers[0]["value"], "rejected": answers[1]["value"]}
+    raise DataError(
+        f"a row has the columns {', '.join(sorted(raw)) or 'none'}",
+        "Give rows of prompt, chosen and rejected as texts, or of conversations with two answers.",
+    )
+
+
+def pair_trainer(settings: Settings, callbacks: list[Any], kind: str) -> Any:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    trainer, config = {
+        "dpo": (DPOTrainer, DPOConfig),
+        "orpo": (ORPOTrainer, ORPOConfig),
+        "reward": (RewardTrainer, RewardConfig),
+    }[kind]
+    told = arguments(settings)
+    model: Any = settings.model
+    if kind == "orpo":  # an older trainer, which knows neither of the two
+        told.pop("model_init_kwargs", None)
+        told.pop("train_sampling_strategy")
+        model = model if settings.random_weights else stock_model(settings)
+    if settings.random_weights:
+        model = random_model(settings, attention="sdpa", labels=1 if kind == "reward" else None)
+    return watched(trainer)(
+        model=model,
+        args=config(**told),
+        train_dataset=Dataset.from_list(read_rows(Path(settings.rows))),
+        peft_config=LoraConfig(task_type="SEQ_CLS" if kind == "reward" else "CAUSAL_LM", **LORA),
+        processing_class=tokenizer_of(settings),
+        callbacks=callbacks,
+    )
+
+
+def stock_model(settings: Settings) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
+
+
+def pair_held(inputs: Mapping[str, Any]) -> tuple[list[int], int]:
+    """Lengths of both sequences of each pair, and the tokens of their answers (of a reward pair, two)."""
+    if "input_ids" not in inputs:  # ORPO's batch has its sides apart
+        masks = [inputs[f"{side}_attention_mask"] for side in ("chosen", "rejected")]
+        trained = sum(int((inputs[f"{side}_labels"] != -100).sum()) for side in ("chosen", "rejected"))
+        return [n for mask in masks for n in mask.sum(1).tolist()], trained
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    answers = inputs.get("completion_mask")
+    return lengths, len(lengths) if answers is None else int(answers.sum())
+
+
+def pair_set(kind: str, **knobs: Any) -> Set:
+    return Set(
+        {"name": kind, **knobs}, chat_pairs, pair_row, partial(pair_trainer, kind=kind), pair_held, None, sequences=2
+    )
+
+
+SETS = {
+    "sft": Set({"name": "sft"}, short_rows, completion_row, sft_trainer, sft_held, sft_flops),
+    "dpo": pair_set("dpo", precompute_ref_log_probs=False),  # the reference pass inside the step, as TRL has it
+    "orpo": pair_set("orpo"),
+    "reward": pair_set("reward"),
+}
 
 
 # ── workers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -342,7 +433,9 @@ def ours(settings: Settings, pipe: Pipe) -> None:
     from finetune_cli.engine import finish, loop, models, prepare  # noqa: F401  finish: a run imports it too
 
     if settings.random_weights:
-        models.load_stock = lambda *_: random_model(settings, attention="sdpa")
+        models.load_stock = lambda plan, *_: random_model(
+            settings, attention="sdpa", labels=plan.recipe.method.labels()
+        )
     plan, _, _ = commands.planned(recipe(settings), ())
     plan.run.mkdir(parents=True)
     words = prepare.bind(plan.recipe, plan.facts)
@@ -356,7 +449,8 @@ def ours(settings: Settings, pipe: Pipe) -> None:
         loop.optimiser_step(job, step, measure=settings.measure, sums=sums)
         seconds = clock(settings) - started
         rows = job.rows_of(job.schedule.step(step))
-        held = [row.length for row in rows], counts_of(rows).tokens
+        lengths = [len(row.prefix) + len(branch.ids) for row in rows for branch in row.branches]
+        held = lengths, counts_of(rows).tokens
         record = done(settings, seconds, sums.means(job)["loss"], held)
     pipe.report(record)
 
@@ -388,7 +482,12 @@ def recipe(settings: Settings) -> Path:
 def done(settings: Settings, seconds: float, loss: float, held: tuple[list[int], int]) -> Record:
     """The report of one step."""
     lengths, trained = held
-    counted = {"rows": len(lengths), "tokens": sum(lengths), "trained_tokens": trained, "lengths": sorted(lengths)}
+    counted = {
+        "rows": len(lengths) // SETS[settings.set].sequences,
+        "tokens": sum(lengths),
+        "trained_tokens": trained,
+        "lengths": sorted(lengths),
+    }
     return {"seconds": seconds, "loss": loss, **counted, **memory(settings)}
 
 
@@ -430,17 +529,20 @@ def watched(kind: Any) -> Any:
     return Watched
 
 
-def random_model(settings: Settings, *, attention: str) -> Any:
+def random_model(settings: Settings, *, attention: str, labels: int | None = None) -> Any:
     """The same random weights on both sides, drawn where they are used."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(settings.model)
     config.use_cache = False
     torch.manual_seed(SEED)
     with torch.device(settings.device):
         dtype = getattr(torch, settings.dtype)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        if labels is None:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        config.num_labels, config.pad_token_id = labels, 0
+        return AutoModelForSequenceClassification.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 def tokenizer_of(settings: Settings) -> Any:
@@ -605,9 +707,9 @@ def side_summary(counted: list[Record], side: str, settings: Settings, shape: Sh
         "tokens_per_second": median(step["tokens"] / step["seconds"] for step in own),
         "peak_gib": max(step["peak_gib"] for step in own),
     }
-    if shape is None:
-        return told
     count = SETS[settings.set].flops
+    if shape is None or count is None:
+        return told
     work = [count(shape, step["lengths"], step["trained_tokens"]) for step in own]
     gflops = median(sum(parts.values()) / s / 1e9 for parts, s in zip(work, seconds, strict=True))
     mean = {part: sum(parts[part] for parts in work) / len(work) / 1e9 for part in work[0]}
@@ -623,7 +725,7 @@ def summary_lines(found: Record) -> Iterator[str]:
         yield (
             f"{side}: {own['seconds']:.3f} s, {own['rows_per_second']:.2f} rows/s, {own['tokens_per_second']:.0f} "
             f"tokens/s, {own['peak_gib']:.2f} GiB at the peak, "
-            + ("operations not counted for this architecture" if share is None else f"{share:.0%} of the matrix rate")
+            + ("operations not counted" if share is None else f"{share:.0%} of the matrix rate")
         )
     yield f"TRL / ours, peak memory: {found['peak_ratio']:.2f}; matrix rate {found['gflops_matrix']:.0f} GFLOP/s"
     same = "on the same tokens" if found["same_tokens"] else "NOT ON THE SAME TOKENS: the two sides did unequal work"

@@ -213,3 +213,34 @@ def test_both_sides_do_the_same_on_random_weights(tmp_path: Path, packing: bool)
         assert one["ours"]["lengths"] == one["trl"]["lengths"] == [64, 64]
         assert one["ours"]["trained_tokens"] == one["trl"]["trained_tokens"] == 2 * 58
         assert one["ours"]["loss"] == pytest.approx(one["trl"]["loss"], rel=1e-5)
+
+
+def test_pairs_in_the_shapes_people_have() -> None:
+    rows = script.chat_pairs(3, scale=0.1)
+    assert rows == script.chat_pairs(3, scale=0.1)
+    assert all(script.pair_row(row) == row for row in rows)
+    talk = {
+        "conversations": [{"from": "human", "value": "Hi"}],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"value": "b"},
+    }
+    assert script.pair_row(talk) == {"prompt": "### human:\nHi\n\n### gpt:\n", "chosen": "a", "rejected": "b"}
+    with pytest.raises(DataError, match="text"):
+        script.pair_row({"text": "x"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "reward"])
+def test_both_sides_do_the_same_on_pairs(tmp_path: Path, kind: str) -> None:
+    """On random weights: the same tokens, and for the first step the same loss (each side draws its own adapters)."""
+    small = {**script.QWEN_7B, **TINY, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 300}
+    model = script.write_shape(tmp_path / "model", small)
+    rows = script.chat_pairs(6, scale=0.05)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = settings(tmp_path, set=kind, model=model, precision="fp32", random_weights=True, max_length=400)
+    _, found = script.compare(asked, work=tmp_path, say=lambda _: None)
+    for one in found:
+        assert one["ours"]["rows"] == one["trl"]["rows"] == 2
+        assert one["ours"]["lengths"] == one["trl"]["lengths"]
+    if kind != "reward":  # whose head is drawn anew by each side
+        assert found[0]["ours"]["loss"] == pytest.approx(found[0]["trl"]["loss"], rel=1e-4)

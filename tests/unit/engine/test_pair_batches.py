@@ -58,7 +58,7 @@ def test_eight_pairs_are_two_processes_with_four(method, recipe_of, tmp_path):
         done = finetune("run", str(path), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         numbers.append(next(line for line in journal(tmp_path / f"run{processes}") if line["event"] == "train"))
-    own = {"tokens_per_second", "memory_gib", "seconds"}
+    own = {"tokens_per_second", "memory_gib", "seconds", "event"}
     one, two = ({k: v for k, v in n.items() if k not in own} for n in numbers)
     assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
 
