@@ -326,9 +326,8 @@ def pair_trainer(settings: Settings, callbacks: list[Any], kind: str) -> Any:
     }[kind]
     told = arguments(settings)
     model: Any = settings.model
-    if kind == "orpo":  # an older trainer, which knows neither of the two
+    if kind == "orpo":  # an older trainer, which does not load a model in a given format
         told.pop("model_init_kwargs", None)
-        told.pop("train_sampling_strategy")
         model = model if settings.random_weights else stock_model(settings)
     if settings.random_weights:
         model = random_model(settings, attention="sdpa", labels=1 if kind == "reward" else None)
