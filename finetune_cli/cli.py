@@ -86,13 +86,16 @@ def plan(recipe: RecipeFile, set_: Sets = None, as_json: AsJson = False) -> None
 
 @app.command()
 def init(
-    method: Annotated[str, typer.Argument(help="sft, dpo, ...; `finetune methods` lists them.")],
+    method: Annotated[str | None, typer.Argument(help="sft, dpo, ...; `finetune methods` lists them.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("recipe.yaml"),
+    source: Annotated[
+        Path | None, typer.Option("--from", help="A recipe of axolotl, LLaMA-Factory or TRL to translate.")
+    ] = None,
 ) -> None:
-    """Write a recipe to start from."""
+    """Write a recipe to start from, or another tool's as ours."""
     from finetune_cli import commands
 
-    raise typer.Exit(commands.init(method, output))
+    raise typer.Exit(commands.init(method, output, source=source))
 
 
 @app.command()

@@ -153,24 +153,39 @@ def run(recipe: Path, overrides: Sequence[str], options: "runs.Options") -> int:
     return runs.run(made, loaded, replace(options, again=(*again, *(["--json"] if options.as_json else []))))
 
 
-def init(method: str, output: Path) -> int:
-    from finetune_cli.methods import registry
-    from finetune_cli.shipped import recipes_folder
-
-    template = recipes_folder() / "templates" / f"{method}.yaml"
-    if method not in registry() or not template.exists():
-        raise RecipeError(f"there is no method {method!r}", f"Known: {', '.join(registry())}.")
+def init(method: str | None, output: Path, *, source: Path | None = None) -> int:
+    """A recipe to start from: a method's template, or another tool's recipe as ours."""
     if output.exists():
         raise RecipeError(f"{output} exists", "Name another file with --output.")
-    text = template.read_text(encoding="utf-8").replace("$SCHEMA", schema_path())
+    if source is not None:
+        from finetune_cli.recipe.foreign import convert
+
+        try:
+            text = f"# yaml-language-server: $schema={schema_path()}\n{convert(source, method=method)}"
+        except OSError as error:
+            raise RecipeError(f"{source} cannot be read: {error.strerror}", "Name another tool's recipe.") from error
+    else:
+        text = template_of(method)
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise MachineError(
             f"{output} cannot be written: {error.strerror}", "Name another file with --output."
         ) from error
-    show.out.print(f"wrote {output}; next:\n  finetune validate {output}\n  finetune run {output}")
+    show.out.print(f"wrote {output}; next:\n  finetune validate {output}\n  finetune run {output}", markup=False)
     return 0
+
+
+def template_of(method: str | None) -> str:
+    from finetune_cli.methods import registry
+    from finetune_cli.shipped import recipes_folder
+
+    if method is None:
+        raise RecipeError("init needs a method, or --from a recipe", f"Known: {', '.join(registry())}.")
+    template = recipes_folder() / "templates" / f"{method}.yaml"
+    if method not in registry() or not template.exists():
+        raise RecipeError(f"there is no method {method!r}", f"Known: {', '.join(registry())}.")
+    return template.read_text(encoding="utf-8").replace("$SCHEMA", schema_path())
 
 
 def schema_path() -> str:

@@ -1,0 +1,209 @@
+"""Keys of other tools whose values need more than another name, each with its translation."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune_cli.recipe.names import REMEDIES
+
+AXOLOTL, FACTORY, TRL = "axolotl", "LLaMA-Factory", "TRL"
+NO_COUNTERPART = "has no counterpart"
+
+
+@dataclass
+class Draft:
+    """Our recipe as far as it is, and what did not find a place."""
+
+    tool: str
+    given: dict[str, Any]
+    method: str
+    out: dict[str, Any] = field(default_factory=dict)
+    notes: list[tuple[str, Any, str]] = field(default_factory=list)
+
+    def put(self, key: str, value: Any) -> None:
+        """A dotted key of ours."""
+        *sections, leaf = key.split(".")
+        place = self.out
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+
+    def note(self, key: str, why: str) -> None:
+        self.notes.append((key, self.given.get(key), why))
+
+
+def adapter(draft: Draft, key: str, value: Any) -> None:
+    """adapter: lora | qlora, finetuning_type: lora | full, use_peft: true"""
+    if value in ("lora", "qlora", True):
+        draft.out.setdefault("lora", {})
+        if value == "qlora":
+            draft.put("quantization.load_in_4bit", True)
+    elif value not in ("full", False):
+        draft.note(key, REMEDIES[key])
+
+
+def precision(draft: Draft, key: str, value: Any) -> None:
+    if value in (True, "true"):
+        draft.put("train.precision", key)
+    elif value == "auto":
+        draft.put("train.precision", "auto")
+
+
+def bits(draft: Draft, key: str, value: Any) -> None:
+    wide = {"quantization_bit": value, "load_in_4bit": 4, "load_in_8bit": 8}[key]
+    if value:
+        draft.put(f"quantization.load_in_{wide}bit", True)
+
+
+def linear(draft: Draft, _: str, value: Any) -> None:
+    if value:
+        draft.put("lora.target_modules", "all-linear")
+
+
+def targets(draft: Draft, _: str, value: Any) -> None:
+    """A list, names with commas between them, or all."""
+    if value in ("all", ["all"], "all-linear", ["all-linear"]):
+        draft.put("lora.target_modules", "all-linear")
+    else:
+        draft.put("lora.target_modules", re.split(r"\s*,\s*", value) if isinstance(value, str) else value)
+
+
+def datasets(draft: Draft, key: str, value: Any) -> None:
+    """axolotl's list of sets, and TRL's."""
+    sets = [source(draft, one) for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    if not sets:
+        return draft.note(key, REMEDIES.get(key, "name files or hub ids in data.train"))
+    draft.put("data.train" if key == "datasets" else "data.eval_sets", sets if key == "datasets" else sets[0])
+    if key != "datasets" and len(sets) > 1:
+        draft.note(key, "only the first is taken over; data.eval_sets takes names: {one: {path: ...}, other: ...}")
+    return None
+
+
+def source(draft: Draft, one: Mapping[str, Any]) -> dict[str, Any]:
+    made = {key: one[key] for key in ("path", "name", "split") if one.get(key) is not None}
+    files = one.get("data_files")
+    if made.get("path") in ("json", "csv", "parquet") and files:
+        made["path"] = files if isinstance(files, str) else files[0]
+    messages = one.get("field_messages")
+    columns = {} if messages in (None, "messages", "conversations") else {"messages": messages}
+    if one.get("type") == "completion" and one.get("field", "text") != "text":
+        columns["text"] = one["field"]
+    roles = dict(one.get("roles") or {})
+    taken = {"path", "name", "split", "data_files", "field_messages", "roles", "field", "ds_type"}
+    for key in (key for key in one if key not in taken):
+        why = "the shape of rows is found from their columns" if key == "type" else NO_COUNTERPART
+        draft.notes.append((f"datasets: {key}", one[key], why))
+    return {**made, **({"columns": columns} if columns else {}), **({"roles": roles} if roles else {})}
+
+
+def named_sets(draft: Draft, key: str, value: Any) -> None:
+    """LLaMA-Factory's names, which its dataset_info.json turns into files; TRL's hub id."""
+    train = key in ("dataset", "dataset_name")
+    if draft.tool == TRL:
+        parts = {"name": draft.given.get("dataset_config"), "split": draft.given.get("dataset_train_split")}
+        return draft.put("data.train", [{"path": value, **{k: v for k, v in parts.items() if v}}])
+    names = value if isinstance(value, list) else re.split(r"\s*,\s*", str(value))
+    draft.note(key, "LLaMA-Factory finds these in dataset_info.json: write their files or hub ids as paths")
+    sets = [{"path": f"data/{name}.json"} for name in names]
+    return draft.put("data.train" if train else "data.eval_sets", sets if train else sets[0])
+
+
+def test_split(draft: Draft, key: str, value: Any) -> None:
+    if draft.given.get("eval_strategy", "no") == "no":
+        return draft.note(key, "nothing is evaluated without eval_strategy; here rows in data.eval_sets are")
+    return draft.put("data.eval_sets", {"path": draft.given.get("dataset_name"), "split": value})
+
+
+def held_out(draft: Draft, key: str, value: Any) -> None:
+    if isinstance(value, int | float) and value >= 1:
+        return draft.note(key, "here it is a share of the rows: data.eval_split: 0.05")
+    return draft.put("data.eval_split", float(value)) if value else None
+
+
+def per_epoch(draft: Draft, key: str, value: Any) -> None:
+    """So many an epoch, as a share of the run."""
+    epochs = draft.given.get("num_epochs", draft.given.get("num_train_epochs"))
+    if not isinstance(epochs, int | float) or not isinstance(value, int | float) or value <= 0:
+        return draft.note(key, REMEDIES[key])
+    return draft.put(KINDS[key], round(1 / (value * epochs), 4))
+
+
+KINDS = {"evals_per_epoch": "eval.eval_steps", "saves_per_epoch": "save.save_steps"}
+
+
+def inputs(draft: Draft, key: str, value: Any) -> None:
+    """train_on_inputs, train_on_prompt: prompts are trained too; mask_history: the last answer alone."""
+    if value and draft.method == "sft":
+        draft.put("method.loss_on", "last_assistant" if key == "mask_history" else "all")
+
+
+def tokens_of_answers(draft: Draft, key: str, value: Any) -> None:
+    """completion_only_loss, assistant_only_loss"""
+    if draft.method == "sft" and key == "assistant_only_loss" and value:
+        draft.put("method.loss_on", "assistant")
+    elif draft.method == "sft" and not value:
+        draft.put("method.loss_on", "all")
+
+
+def kernel(draft: Draft, key: str, value: Any) -> None:
+    if value not in (False, "disabled"):
+        draft.note(key, "model.attn_implementation: auto takes flash-attn where it is installed")
+
+
+def tracker(draft: Draft, key: str, value: Any) -> None:
+    draft.put("logging.report_to", ["wandb"])
+    draft.put("logging.project" if key == "wandb_project" else "logging.run_name", value)
+
+
+def hub(draft: Draft, _: str, value: Any) -> None:
+    draft.put("save.hub_model_id", value)
+    if draft.tool == AXOLOTL:
+        draft.put("save.push_to_hub", True)
+
+
+def template(draft: Draft, key: str, value: Any) -> None:
+    if value not in ("tokenizer_default", "default"):
+        draft.note(key, "the tokenizer's own template is used; model.chat_template names a file of another")
+
+
+def only_positive(draft: Draft, key: str, value: Any) -> None:
+    if isinstance(value, int | float) and value > 0:
+        draft.put(f"train.{key}", value)
+
+
+def loss(draft: Draft, key: str, value: Any) -> None:
+    if draft.method == "dpo":
+        draft.put("method.loss_type", value)
+    elif draft.method != "orpo":
+        draft.note(key, NO_COUNTERPART)
+
+
+def silent(_draft: Draft, _key: str, _value: Any) -> None:
+    """What was read elsewhere, or says what is always so here."""
+
+
+Translation = Callable[[Draft, str, Any], Any]
+TRANSLATED: dict[str, Translation] = {
+    **dict.fromkeys(("adapter", "finetuning_type", "use_peft"), adapter),
+    **dict.fromkeys(("bf16", "fp16"), precision),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit"), bits),
+    "lora_target_linear": linear,
+    **dict.fromkeys(("lora_target", "lora_target_modules"), targets),
+    **dict.fromkeys(("datasets", "test_datasets"), datasets),
+    **dict.fromkeys(("dataset", "eval_dataset", "dataset_name"), named_sets),
+    "dataset_test_split": test_split,
+    **dict.fromkeys(("val_set_size", "val_size"), held_out),
+    **dict.fromkeys(KINDS, per_epoch),
+    **dict.fromkeys(("train_on_inputs", "train_on_prompt", "mask_history"), inputs),
+    **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), tokens_of_answers),
+    **dict.fromkeys(("flash_attention", "flash_attn"), kernel),
+    **dict.fromkeys(("wandb_project", "wandb_name", "wandb_run_name"), tracker),
+    "hub_model_id": hub,
+    **dict.fromkeys(("template", "chat_template"), template),
+    **dict.fromkeys(("max_steps", "warmup_steps", "num_train_epochs"), only_positive),
+    **dict.fromkeys(("pref_loss", "loss_type"), loss),
+    **dict.fromkeys(
+        ("stage", "rl", "reward_model", "dataset_config", "dataset_train_split", "do_train", "do_eval"), silent
+    ),
+}
