@@ -28,4 +28,4 @@ def test_both_sides_make_the_same_ids(tmp_path, monkeypatch):
     assert found["rows"] == found["rows_with_the_same_ids"] == 6
     assert found["tokens"]["ours"] == found["tokens"]["trl"]
     more = found["trained"]["trl"] - found["trained"]["ours"]
-    assert more == 12  # the new line after each of the twelve stops
+    assert more == 2 * 12  # of each answer: the new line that the generation prompt ends with, and that after the stop
