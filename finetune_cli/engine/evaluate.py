@@ -1,6 +1,5 @@
 """Evaluation: the loss over the whole of each set, generated answers and what they are worth."""
 
-import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +36,8 @@ def evaluate(job: "Job", step: int, *, final: bool) -> dict[str, float]:
 
 def unless_stopping(job: "Job") -> None:
     """Raises Interrupted where the run is to end: what was found so far is thrown away. Collective."""
-    if job.stopping():
-        raise Interrupted(job.stop.number or signal.SIGTERM)
+    if (number := job.stopping()) is not None:
+        raise Interrupted(number)
 
 
 def loss_of(job: "Job", eval_set: "EvalSet") -> dict[str, float]:

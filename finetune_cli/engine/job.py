@@ -18,7 +18,7 @@ from finetune_cli.engine.events import Sink
 from finetune_cli.engine.manifest import PREFIX
 from finetune_cli.engine.metrics import Metric
 from finetune_cli.engine.reference import Reference
-from finetune_cli.engine.signals import Stop
+from finetune_cli.engine.signals import CAUGHT, Stop
 from finetune_cli.methods import Method
 from finetune_cli.plan.resolve import Plan
 from finetune_cli.recipe.sections import Recipe
@@ -178,9 +178,12 @@ class Job:
             return None
         return sum(values) / len(values) * (1 if self.metric is not None else -1)
 
-    def stopping(self) -> bool:
-        """Whether any process has been asked to end. Collective, so that all of them stop after the same step."""
-        return self.sum_over_processes(torch.tensor([float(self.stop.wanted)]))[0] > 0
+    def stopping(self) -> int | None:
+        """The signal by which any process has been asked to end. Collective, so that all of them stop after the same
+        step and for the same reason, those that it has not reached yet as well."""
+        own = self.stop.number if self.stop.wanted else None
+        heard = self.sum_over_processes(torch.tensor([float(number == own) for number in CAUGHT]))
+        return next((number for number, count in zip(CAUGHT, heard, strict=True) if count), None)
 
     def save(self, progress: Any) -> Path:
         """Write a checkpoint and remove what is beyond the limit. Collective."""

@@ -1,7 +1,6 @@
 """The one training loop: steps, evaluations, checkpoints, in the order they happen."""
 
 import math
-import signal
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -152,8 +151,8 @@ def train(job: Job, progress: Progress) -> Progress:
         if progress.step and not progress.looked:
             after(job, progress)
         while progress.step < job.total_steps:
-            if job.stopping():
-                raise Interrupted(job.stop.number or signal.SIGTERM)
+            if (number := job.stopping()) is not None:
+                raise Interrupted(number)
             forward(job, progress, still)
             after(job, progress)
     except Interrupted as interrupted:
