@@ -25,7 +25,7 @@ def rows(tmp_path: Any, *values: dict[str, Any], template: str | None = None, **
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps(values))
     table = load(Source(path=str(path), **source), accepts=("pairs",))
-    return [chat.pair(table.canonical(raw)) for raw in table.raws], notes
+    return [row for raw in table.raws for row in chat.pair(table.canonical(raw))], notes
 
 
 def texts(row: Row, template: str | None = None) -> tuple[str, str, str]:
