@@ -293,7 +293,8 @@ def rows_line(report: Mapping[str, Any]) -> str:
 
 
 def train_line(event: Mapping[str, Any]) -> str:
-    head = [f"{name} {event[name]:.4f}" for name in ("loss", "accuracy") if name in event]
+    told = {"loss": "loss", "accuracy": "accuracy", "objective/scores": "reward", "objective/kl": "kl"}
+    head = [f"{short_name} {event[name]:.4f}" for name, short_name in told.items() if name in event]
     head.append(f"grad {event['grad_norm']:.3g}")
     head.append(f"lr {event['learning_rate']:.2e}")
     head.append(f"{event['tokens_per_second']:,.0f} tokens/s")

@@ -5,7 +5,7 @@ D hidden size. A name ends in its shape: `logps_N` has one number for each super
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,11 +20,14 @@ class Branch:
     ids: list[int]
     trained: list[bool]
     name: str = "completion"
+    numbers: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """What is known of its trained tokens, one number each: log-probabilities when they were drawn, advantages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A shared prefix and what may follow it: one branch for SFT, two for a preference pair.
+    """A shared prefix and what may follow it: one branch for SFT, two for a preference pair, none for a prompt that is
+    yet to be answered.
 
     `source` is the 0-based place in the data before shuffling and dropping, `part` counts the rows that one
     conversation was split into.
@@ -48,7 +51,7 @@ class Row:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence: prefix and its longest branch."""
-        return len(self.prefix) + max(len(branch.ids) for branch in self.branches)
+        return len(self.prefix) + max((len(branch.ids) for branch in self.branches), default=0)
 
     @property
     def targets(self) -> int:
@@ -161,4 +164,4 @@ class Render(Protocol):
         """The row of `{prompt, chosen, rejected}`: what both begin with once, then two branches of answers."""
 
     def prompt(self, row: Mapping[str, Any], shape: str) -> Prompt | None:
-        """The last question of a row and its answer; None where the row has none (text)."""
+        """The last question of a row and its answer ("" for a prompt alone); None where the row asks nothing."""

@@ -23,6 +23,9 @@ def files(loaded: Loaded) -> Iterator[Problem]:
     script = (recipe.eval.metric or "").rpartition(":")[0]
     if script.endswith(".py") and not Path(script).exists():
         yield loaded.problem("eval.metric", f"{script} does not exist")
+    for key, path in recipe.method.scripts():
+        if not Path(path).exists():
+            yield loaded.problem(key, f"{path} does not exist")
 
 
 def missing(loaded: Loaded, key: str, source: Source) -> Iterator[Problem]:

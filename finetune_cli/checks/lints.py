@@ -136,8 +136,27 @@ def method_misfits(seen: Seen) -> Iterator[Found]:
     shape = Shape(adapters=seen.adapted, forwards=forwards, rows=1 if rows == "auto" else rows)
     for key, evidence, severity in recipe.method.misfits(shape):
         yield Found(key, evidence, severity="error" if severity == "error" else "warning")
+    if recipe.method.online:
+        yield from own_answers(seen)
     if recipe.eval.metric is not None and not recipe.method.generates:
         yield Found("eval.metric", f"{recipe.method.name} trains no model that answers", "take it out", "error")
+
+
+def own_answers(seen: Seen) -> Iterator[Found]:
+    """Settings under which a method cannot learn from answers that it draws itself."""
+    drawn, method = seen.recipe.generation, seen.recipe.method
+    if drawn.temperature == 0:
+        said = "greedy answers are always the same: nothing is tried, so nothing is learned"
+        yield Found("generation.temperature", said, "use 0.7 to 1", "error")
+    if drawn.top_p < 1:
+        said = f"answers drawn from {drawn.top_p:g} of the probability are not the policy's own"
+        yield Found("generation.top_p", said, "use 1", "error")
+    if method.steps_in_all(1) is not None and seen.recipe.train.max_steps is not None:
+        yield Found("method.total_episodes", "train.max_steps says how long the run is too", "keep one", "error")
+    batch = seen.plan.resolved.global_batch_size
+    if method.parts > batch:
+        said = f"the {batch} prompts of a step cannot be split into {method.parts} updates"
+        yield Found("method.num_mini_batches", said, "raise train.global_batch_size", "error")
 
 
 def output_dir(seen: Seen) -> Iterator[Found]:

@@ -236,9 +236,10 @@ class Schedule:
         start = place * self.global_batch_size
         return self.order(epoch)[start : start + self.global_batch_size]
 
-    def window(self, step: int, *, rank: int = 0, world: int = 1) -> Iterator[list[int]]:
-        """The accumulation window of one process: a list of row indices for each forward; one may be empty."""
-        rows = sorted(self.step(step), key=lambda i: (-self.lengths[i], i))
+    def window(self, step: int, *, rank: int = 0, world: int = 1, part: int = 0, parts: int = 1) -> Iterator[list[int]]:
+        """The accumulation window of one process: a list of row indices for each forward; one may be empty. Of `parts`
+        updates that share the rows of a step, one."""
+        rows = sorted(self.step(step)[part::parts], key=lambda i: (-self.lengths[i], i))
         size = self.per_device_batch_size
         forwards = -(-len(rows) // (size * world))
         for forward in range(forwards):

@@ -120,6 +120,8 @@ class Chat:
 
     def prompt(self, row: Mapping[str, Any], shape: str) -> Prompt | None:
         """The generation prompt of the last assistant turn and that turn's answer; None where there is no turn."""
+        if shape == "prompt":
+            return self.question(row)
         if shape == "pairs":
             return None if "ids" in row else self.prompt({**row, "completion": row["chosen"]}, "completion")
         if shape == "completion" and isinstance(row["prompt"], str):
@@ -135,6 +137,16 @@ class Chat:
     def feeds(self, row: Mapping[str, Any], messages: list[Message]) -> str:
         """What inference feeds the model after some messages of a row: their render with a generation prompt."""
         return str(self.ask(self.request(row, messages, "feeds", [])))
+
+    def question(self, row: Mapping[str, Any]) -> Prompt:
+        """The generation prompt after all of a row's `prompt`, which nobody has answered yet."""
+        asked = row["prompt"]
+        if isinstance(asked, str):
+            return Prompt([*self.encoder.lead, *self.encoder.one(asked)], asked, "")
+        if asked[-1]["role"] == "assistant":
+            raise DataError("the prompt ends with the assistant's own message, so nothing is asked")
+        text = self.feeds(row, asked)
+        return Prompt(self.encoder.one(text), text, "")
 
     def ask(self, request: Request) -> Any:
         (reply,) = self.sandbox.answers([request])

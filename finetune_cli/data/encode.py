@@ -139,7 +139,7 @@ def truncated(row: Row, max_length: int) -> Row | None:
     room = max(0, max_length - len(row.prefix))
     branches = tuple(replace(b, ids=b.ids[:room], trained=b.trained[:room]) for b in row.branches)
     first = not row.prefix
-    if not all(any(branch.trained[first:]) for branch in branches):
+    if not branches or not all(any(branch.trained[first:]) for branch in branches):
         return None
     return replace(row, branches=branches, truncated=True)
 

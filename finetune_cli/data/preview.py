@@ -72,7 +72,9 @@ class Preview:
 
 def nothing_trained(found: Found) -> bool:
     """A row, or a part of one, of which nothing is trained, and not for its length."""
-    return found.outcome.dropped in ("no_targets", "empty") or any(not row.targets for row, _ in found.parts)
+    return found.outcome.dropped in ("no_targets", "empty") or any(
+        row.branches and not row.targets for row, _ in found.parts
+    )
 
 
 def too_long(found: Found) -> bool:
@@ -153,7 +155,7 @@ def lines(found: Found, chat: Chat) -> Iterator[Preview]:
         return
     for row, cause in found.parts:
         warnings = warned(found, row)
-        for branch in row.branches:
+        for branch in row.branches or (Branch([], [], "prompt"),):
             ids = [*row.prefix, *branch.ids]
             yield Preview(
                 outcome.source,

@@ -1,7 +1,7 @@
 """The rows of a recipe: training and evaluation sets, tokenised, and the prompts that evaluation asks."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune_cli.data.cache import encoded
@@ -23,6 +23,9 @@ class RowSets:
     train: Encoded
     train_prompts: list[Prompt]
     evals: dict[str, tuple[Encoded, list[Prompt]]]
+    raws: dict[str, dict[int, Mapping[str, Any]]] = field(default_factory=dict)
+    """Rows as they are in the files, by set ("train" or the name of an evaluation set) and source, where a reward may
+    want to see them."""
 
     def summary(self) -> dict[str, Any]:
         """The counts of every set."""
@@ -38,7 +41,7 @@ def load_rows(recipe: Recipe, chat: Chat) -> RowSets:
     """Raises DataError where too many rows are dropped, or none is left."""
     data, method, asked = recipe.data, recipe.method, recipe.eval
     train, held = train_rows(recipe, chat)
-    number = asked.metric_rows if asked.metric is not None else asked.sample_prompts
+    number = asked.metric_rows if asked.metric is not None or method.online else asked.sample_prompts
     number = number if method.generates else 0
     evals: dict[str, tuple[Encoded, list[Prompt]]] = {}
     if held:
@@ -50,7 +53,18 @@ def load_rows(recipe: Recipe, chat: Chat) -> RowSets:
             raise DataError("data.eval_sets and data.eval_split both make the unnamed set", "Keep one of them.")
         evals[name] = found, prompts(recipe, [source], found.rows, chat, number)
     wanted = [] if evals else train.rows[: asked.sample_prompts if method.generates else 0]
-    return RowSets(train, prompts(recipe, data.train, wanted, chat, asked.sample_prompts), evals)
+    raws = {"train": raws_of(recipe, data.train)} if method.online else {}
+    raws |= {name: raws_of(recipe, [source]) for name, source in (data.eval_sets or {}).items() if method.online}
+    return RowSets(train, prompts(recipe, data.train, wanted, chat, asked.sample_prompts), evals, raws)
+
+
+def raws_of(recipe: Recipe, sources: Sequence[Source]) -> dict[int, Mapping[str, Any]]:
+    """The rows of some sources with all their columns, by their place."""
+    found: dict[int, Mapping[str, Any]] = {}
+    for source in sources:
+        table = load(source, accepts=recipe.method.shapes, first=len(found))
+        found |= {raw.source: raw.values for raw in table.raws}
+    return found
 
 
 def train_rows(recipe: Recipe, chat: Chat) -> tuple[Encoded, list[Row]]:
@@ -91,6 +105,8 @@ def question(row: Mapping[str, Any]) -> str:
         *_messages(row.get("prompt")),
         *_messages(row.get("completion") or row.get("chosen")),
     ]
+    if messages and "completion" not in row and "chosen" not in row and messages[-1]["role"] != "assistant":
+        return text_of(messages[-1].get("content"))
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
     return text_of(messages[last - 1].get("content")) if last else ""
 

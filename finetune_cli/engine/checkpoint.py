@@ -22,7 +22,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     use_cache = model.config.use_cache
     model.config.use_cache = True
     try:
-        model.save_pretrained(folder)
+        # beside the policy's adapter there may be a critic's, which belongs to the training
+        model.save_pretrained(folder, **({"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}))
     finally:
         model.config.use_cache = use_cache
     tokenizer.save_pretrained(folder)

@@ -9,6 +9,7 @@ from finetune_cli.data.batches import Batch, counts_of, silent
 from finetune_cli.engine import metrics
 from finetune_cli.engine.generate import answers
 from finetune_cli.engine.signals import Interrupted
+from finetune_cli.engine.update import Sums
 from finetune_cli.types import Prompt, Row
 
 if TYPE_CHECKING:
@@ -20,12 +21,16 @@ def evaluate(job: "Job", step: int, *, final: bool) -> dict[str, float]:
     numbers: dict[str, float] = {}
     samples: list[dict[str, Any]] = []
     for eval_set in job.eval_sets:
-        numbers |= loss_of(job, eval_set)
+        if job.experience is not None:
+            numbers |= job.experience.evaluate(eval_set, step, samples)
+        else:
+            numbers |= loss_of(job, eval_set)
     for eval_set in job.eval_sets:
-        if job.metric is not None and eval_set.prompts:
+        if job.metric is not None and eval_set.prompts and job.experience is None:
             numbers |= generated(job, eval_set, step, samples)
-    if job.metric is None:
-        samples += sample(job, step)
+    if job.metric is None and not samples:
+        own = job.experience.samples(step) if job.experience is not None else []
+        samples += own or sample(job, step)
     if numbers:
         job.emit(job.event("eval", step, **numbers))
     for event in samples:
@@ -42,8 +47,6 @@ def unless_stopping(job: "Job") -> None:
 
 def loss_of(job: "Job", eval_set: "EvalSet") -> dict[str, float]:
     """Sums over the whole set, divided once: the same number for every batch size and number of processes."""
-    from finetune_cli.engine.loop import Sums
-
     sums, role, counts = Sums(), job.accelerator.unwrap_model(job.policy), counts_of(eval_set.rows)
     role.eval()
 

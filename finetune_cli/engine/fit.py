@@ -69,11 +69,13 @@ def longest(job: "Job", size: int) -> list[int]:
 def cost(job: "Job", size: int) -> float:
     """Bytes in use at the height of a forward and backward of the longest rows; inf where they are not to be had."""
     rows = job.rows_of(longest(job, size))
+    if job.experience is not None:
+        rows = job.experience.imagined(rows)
     peak = Peak(job.device)
     try:
         with peak, job.accelerator.no_sync(job.policy):
-            for batch in job.method.steps(job.batch(rows, measure=True), job.models):
-                job.accelerator.backward(job.method.loss(batch, job.models, counts_of(rows)).total)
+            for loss in job.method.losses(job.batch(rows, measure=True), job.models, counts_of(rows)):
+                job.accelerator.backward(loss.total)
     except (RuntimeError, MemoryError) as error:
         if not memory.is_exhausted(error):
             raise

@@ -30,6 +30,12 @@ FEW = 5
 """Lines that make a mean of a preference method."""
 DISPLACED = -1.0
 """Reward of the chosen answers, in the units of beta: at beta 0.1 they are e^10 times less likely than before."""
+FAR = 1.0
+"""Nats of divergence from the reference for each token of an answer. InstructGPT's runs end at some 0.1."""
+ALIKE = 1 / 4
+"""Share of the different answers that there were at first."""
+LONG = 2.0
+"""Times the length of answers at first."""
 MAX_SKIPPED = 10
 """Steps that `on_nan: skip` passes over in a run. PaLM (arXiv 2204.02311) had about 20 spikes to skip, in months."""
 MAX_OVERFLOWS = 25
@@ -53,6 +59,8 @@ class Health:
     memory: list[float] = field(default_factory=list)
     rewards: list[list[float]] = field(default_factory=list)
     """[chosen, rejected, accuracy, margin] of every line of a preference method."""
+    answers: list[list[float]] = field(default_factory=list)
+    """[different ones, as a share, length] of the first lines of a method that draws its own answers."""
     evals: list[list[float]] = field(default_factory=list)
     """[evaluation loss, training loss] of every evaluation."""
     still: int = 0
@@ -76,6 +84,7 @@ class Health:
             *self._slow(numbers["tokens_per_second"]),
             *self._creep(memory_gib),
             *self._preferences(numbers, step),
+            *self._own_answers(numbers),
         ]
 
     def evaluation(self, eval_loss: float, train_loss: float) -> list[Finding]:
@@ -172,6 +181,36 @@ class Health:
             "chosen and rejected answers both become unlikely: lower train.learning_rate, raise method.beta, or add "
             "the likelihood of the chosen answers to the loss",
         )
+
+    def _own_answers(self, numbers: Mapping[str, float]) -> list[Finding]:
+        """The ways in which a policy earns its reward without doing what was meant (arXiv 2009.01325, 1606.06565)."""
+        names = ("objective/kl", "completions/distinct_ratio", "completions/mean_length", "completions/clipped_ratio")
+        if not all(name in numbers for name in names):
+            return []
+        kl, distinct, length, clipped = (numbers[name] for name in names)
+        if len(self.answers) < FEW:
+            self.answers.append([distinct, length])
+        usual, before = (fmean(column) for column in zip(*self.answers, strict=True))
+        return [
+            *self._once(
+                "kl_blow_up",
+                kl > FAR * max(1.0, length),
+                f"the policy is {kl:.3g} nats from its reference in an answer of {length:.0f} tokens: raise "
+                "method.kl_coef, lower train.learning_rate or set method.target_kl",
+            ),
+            *self._once(
+                "one_answer",
+                distinct < ALIKE * usual,
+                f"{distinct:.0%} of the answers are different, at first it was {usual:.0%}: read the samples; the "
+                "reward may be had with one answer to everything",
+            ),
+            *self._once(
+                "length_runaway",
+                length > LONG * before and clipped > 0.5,
+                f"answers have {length:.0f} tokens, at first {before:.0f}, and {clipped:.0%} are cut: the reward may "
+                "like length; set method.missing_eos_penalty",
+            ),
+        ]
 
     def _once(self, rule: str, holds: bool, message: str) -> list[Finding]:
         """A state that lasts is told of when it begins."""

@@ -3,6 +3,7 @@
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from finetune_cli.data.batches import Batch, Schedule, padded, tree
 from finetune_cli.data.encode import Encoded
 from finetune_cli.engine import checkpoint, manifest
+from finetune_cli.engine.actor import POLICY
 from finetune_cli.engine.events import Sink
+from finetune_cli.engine.experience import Experience
 from finetune_cli.engine.manifest import PREFIX
 from finetune_cli.engine.metrics import Metric
 from finetune_cli.engine.reference import Reference
@@ -65,6 +68,8 @@ class Job:
     reference: Reference | None = None
     """The frozen model that the method asks while it trains; None where there is none, or its answers are known."""
     reference_report: dict[str, Any] | None = None
+    experience: Experience | None = None
+    """What answers prompts and judges the answers, for methods that learn from their own."""
     warnings: list[str] = field(default_factory=list)
     """What the checks warned of, each with its rule."""
     peaks: list[float] = field(default_factory=list)
@@ -105,7 +110,9 @@ class Job:
 
     @property
     def generator(self) -> Any:
-        """The bare model with its adapters, for generation."""
+        """The bare model with its adapters, the policy's switched in, for generation."""
+        if self.experience is not None:
+            self.experience.actor.switch(POLICY)
         return self.accelerator.unwrap_model(self.policy).model
 
     def batch(self, rows: list[Row], *, measure: bool, as_padded: bool | None = None) -> Batch:
@@ -119,10 +126,31 @@ class Job:
 
     def models(self, role: str, batch: Batch) -> Any:
         """What a role says about a batch."""
+        if self.experience is not None:
+            return self.experience.ask(role, batch)
         if role == "policy":
             return self.policy(batch)
         assert self.reference is not None, role
         return self.reference.scores(batch)
+
+    @property
+    def shares(self) -> int:
+        """What a process's loss is multiplied by: DDP takes the mean over processes, and the sum is wanted."""
+        return self.world if self.experience is None else 1
+
+    def synchronised(self, *, last: bool) -> AbstractContextManager[None]:
+        """DDP adds gradients up in the last backward of a window. Roles that take turns are not wrapped by it: a
+        backward leaves the weights of the others without a gradient, which it would wait for."""
+        quiet: AbstractContextManager[None] = self.accelerator.no_sync(self.policy)
+        return nullcontext() if last or self.experience is not None else quiet
+
+    def sum_gradients(self) -> None:
+        """What DDP would do, for roles that take turns. Collective."""
+        if self.experience is None or self.world == 1:
+            return
+        for p in self.trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.distributed.all_reduce(p.grad)
 
     def own_batches(self) -> Iterator[list[Row]]:
         """The rows of this process's forwards, in the first epoch or as far as the run goes."""
@@ -170,13 +198,13 @@ class Job:
         return float(psutil.Process().memory_info().rss / 2**30)
 
     def merit(self, numbers: Mapping[str, float]) -> float | None:
-        """What the best checkpoint is chosen by, higher is better: the metric where there is one, else minus the
-        loss; the mean over the sets."""
-        key = self.metric[0] if self.metric is not None else "loss"
+        """What the best checkpoint is chosen by, higher is better: the metric where there is one, else what the
+        method is judged by; the mean over the sets."""
+        key, sign = (self.metric[0], 1) if self.metric is not None else self.method.judged_by
         values = [numbers[f"{s.prefix}{key}"] for s in self.eval_sets if f"{s.prefix}{key}" in numbers]
         if not values:
             return None
-        return sum(values) / len(values) * (1 if self.metric is not None else -1)
+        return sum(values) / len(values) * sign
 
     def stopping(self) -> int | None:
         """The signal by which any process has been asked to end. Collective, so that all of them stop after the same
@@ -196,6 +224,8 @@ class Job:
             training |= {"scaler": scaler.state_dict()} if scaler is not None else {}
             if self.reference is not None and self.reference.sync_steps is not None:
                 training |= {"reference": self.reference.copies}
+            if self.experience is not None:
+                training |= {"critic": self.experience.state()}
             state = {"global_step": progress.step, "max_steps": self.total_steps, "progress": progress.to_json(pending)}
             state["per_device_train_batch_size"] = self.schedule.per_device_batch_size
             said = self.event("checkpoint", progress.step, path=folder.name)

@@ -2,53 +2,19 @@
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from finetune_cli.data.batches import Batch, counts_of, silent
+from finetune_cli.data.batches import counts_of, silent
 from finetune_cli.engine import memory, watch
 from finetune_cli.engine.evaluate import evaluate
 from finetune_cli.engine.health import Health
 from finetune_cli.engine.job import Job
 from finetune_cli.engine.manifest import PREFIX
 from finetune_cli.engine.signals import Interrupted
+from finetune_cli.engine.update import Sums, Update
 from finetune_cli.types import Counts
-
-
-class Sums:
-    """Sums and counts of logged numbers, over batches and then over processes; one division at the end."""
-
-    def __init__(self, sums: Mapping[str, Sequence[float]] | None = None) -> None:
-        self._sums: dict[str, list[Any]] = defaultdict(lambda: [0.0, 0.0])
-        self._sums.update({name: list(pair) for name, pair in (sums or {}).items()})
-
-    def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
-        for name, (total, count) in metrics.items():
-            self._sums[name][0] += total
-            self._sums[name][1] += count
-
-    def join(self, other: "Sums") -> None:
-        self.add({name: (total, count) for name, (total, count) in other._sums.items()})
-
-    def finite(self) -> bool:
-        return all(math.isfinite(float(total)) for total, _ in self._sums.values())
-
-    def own(self) -> dict[str, list[float]]:
-        """name -> [sum, count] of this process."""
-        return {name: [float(x) for x in pair] for name, pair in self._sums.items()}
-
-    def means(self, job: Job) -> dict[str, float]:
-        """Collective: every process must call it with the same names. Starts anew."""
-        names = sorted(self._sums)
-        flat = torch.tensor([float(x) for name in names for x in self._sums[name]], dtype=torch.float64)
-        total = job.sum_over_processes(flat)
-        self._sums.clear()
-        return {name: total[2 * i] / total[2 * i + 1] for i, name in enumerate(names) if total[2 * i + 1]}
 
 
 @dataclass
@@ -110,35 +76,51 @@ def due(step: int, every: float, total: int) -> bool:
 def optimiser_step(job: Job, step: int, *, measure: bool, sums: Sums) -> tuple[float, Counts, int]:
     """One step: (gradient norm before clipping, counts, tokens computed), the latter two over all processes.
 
-    A step whose gradient is not finite changes nothing; what it computed is not in the sums where it is not finite."""
-    computed = Sums()
+    It is one update, or as many as an online method makes of its answers; then the norm is the largest of theirs. An
+    update whose gradient is not finite changes nothing and is the last; what it computed is not in the sums where it
+    is not finite."""
+    norms, counts, tokens, moved = [0.0], Counts(0, 0), 0, False
+    updates = drawn(job, step) if job.experience is None else job.experience.updates(step, sums)
+    for update in updates:
+        norm, stepped = apply(job, update, measure=measure)
+        if math.isfinite(norm) or update.found.finite():
+            sums.join(update.found)
+        norms.append(norm)
+        counts, tokens, moved = counts + update.counts, tokens + update.tokens, moved or stepped
+        if not math.isfinite(norm):
+            break
+    if moved:
+        job.scheduler.step()
+    return norms[-1] if not math.isfinite(norms[-1]) else max(norms), counts, tokens
+
+
+def drawn(job: Job, step: int) -> Iterator[Update]:
+    """The rows of a step as they are: one update. A process without rows of its own computes another's, silently:
+    collectives need everyone."""
     indices = job.schedule.step(step)
     rows = job.rows_of(indices)
-    counts = counts_of(rows)
-    window = list(job.schedule.window(step, rank=job.rank, world=job.world))
-    for number, own in enumerate(window):
-        for batch in job.method.steps(layout(job, own, fill=indices[-1], measure=measure), job.models):
-            wait = nullcontext() if number == len(window) - 1 else job.accelerator.no_sync(job.policy)
-            with wait:
-                loss = job.method.loss(batch, job.models, counts)
-                job.accelerator.backward(loss.total * job.world)  # DDP averages; the sum is wanted
-            computed.add(loss.metrics)
+    window = job.schedule.window(step, rank=job.rank, world=job.world)
+    forwards = [job.rows_of(own) or [silent(job.units[indices[-1]][0])] for own in window]
+    yield Update(forwards, counts_of(rows), sum(row.length for row in rows))
+
+
+def apply(job: Job, update: Update, *, measure: bool) -> tuple[float, bool]:
+    """Forward, backward, and a step of the optimiser: (gradient norm, whether the step was made)."""
+    for number, rows in enumerate(update.forwards):
+        batch = job.batch(rows, measure=measure)
+        with job.synchronised(last=number == len(update.forwards) - 1):
+            for loss in job.method.losses(batch, job.models, update.counts):
+                job.accelerator.backward(loss.total * job.shares)
+                update.found.add(loss.metrics)
+    job.sum_gradients()
     limit = job.recipe.train.max_grad_norm or math.inf
     norm = float(job.accelerator.clip_grad_norm_(job.trained, limit))
-    if math.isfinite(norm) or computed.finite():
-        sums.join(computed)
-    if math.isfinite(norm) or job.plan.resolved.precision == "fp16":  # the fp16 scaler skips such steps by itself
+    stepped = math.isfinite(norm) or job.plan.resolved.precision == "fp16"  # the fp16 scaler skips such steps by itself
+    if stepped:
         job.optimizer.step()
-        if not job.accelerator.optimizer_step_was_skipped:
-            job.scheduler.step()
+        stepped = not job.accelerator.optimizer_step_was_skipped
     job.optimizer.zero_grad()
-    return norm, counts, sum(row.length for row in rows)
-
-
-def layout(job: Job, own: list[int], *, fill: int, measure: bool) -> Batch:
-    """A process without rows of its own computes another's, silently: collectives need everyone."""
-    rows = job.rows_of(own) or [silent(job.units[fill][0])]
-    return job.batch(rows, measure=measure)
+    return norm, stepped
 
 
 def train(job: Job, progress: Progress) -> Progress:

@@ -47,6 +47,14 @@ def find(metric: str) -> tuple[str, Metric]:
         raise RecipeError(
             f"eval.metric {metric!r} is not known", f"Use {', '.join(NAMED)} or path/to/file.py:function."
         )
+    function: Metric = function_of(file, name, key="eval.metric", signature="function(answers, references)")
+    return name, function
+
+
+def function_of(file: str, name: str, *, key: str, signature: str) -> Any:
+    """A function of the user's own file, which is run. Raises RecipeError where it cannot be had."""
+    if not Path(file).exists():
+        raise RecipeError(f"{key}: {file} does not exist", f"Name a file: {key} is file.py:{signature}.")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec is not None
     assert spec.loader is not None
@@ -54,11 +62,11 @@ def find(metric: str) -> tuple[str, Metric]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's file may raise anything
-        raise RecipeError(f"{file} cannot be run: {_said(error)}", "Mend the file that eval.metric names.") from error
+        raise RecipeError(f"{file} cannot be run: {said(error)}", f"Mend the file that {key} names.") from error
     function: Any = vars(module).get(name)
     if not callable(function):
-        raise RecipeError(f"{file} has no function {name!r}", "eval.metric is file.py:function(answers, references).")
-    return name, function
+        raise RecipeError(f"{file} has no function {name!r}", f"{key} is file.py:{signature}.")
+    return function
 
 
 def judge(name: str, metric: Metric, answers: Sequence[str], references: Sequence[str]) -> list[float]:
@@ -68,7 +76,7 @@ def judge(name: str, metric: Metric, answers: Sequence[str], references: Sequenc
     except FinetuneError:
         raise
     except Exception as error:  # a user's function may raise anything
-        raise TrainError(f"eval.metric {name} failed: {_said(error)}", "Mend the function.") from error
+        raise TrainError(f"eval.metric {name} failed: {said(error)}", "Mend the function.") from error
     if len(scores) != len(answers) or not all(s == s and abs(s) != float("inf") for s in scores):
         raise TrainError(
             f"eval.metric {name} gave {len(scores)} numbers for {len(answers)} answers, or one that is not finite",
@@ -77,7 +85,7 @@ def judge(name: str, metric: Metric, answers: Sequence[str], references: Sequenc
     return scores
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     """An exception of the user's code on one line, with its place in that code."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(last.filename).name}:{last.lineno})"

@@ -13,12 +13,24 @@ import torch
 from finetune_cli.data.batches import Schedule, pack
 from finetune_cli.data.chat import Chat
 from finetune_cli.data.rows import RowSets
-from finetune_cli.engine import checkpoint, fit, layout, manifest, memory, metrics, models, optim, reference
+from finetune_cli.engine import (
+    checkpoint,
+    experience,
+    fit,
+    layout,
+    manifest,
+    memory,
+    metrics,
+    models,
+    optim,
+    reference,
+)
+from finetune_cli.engine.actor import Actor
 from finetune_cli.engine.events import Sink
 from finetune_cli.engine.job import EvalSet, Job
 from finetune_cli.engine.loop import Progress, total_steps
 from finetune_cli.engine.lora import sizes
-from finetune_cli.engine.role import role_of
+from finetune_cli.engine.role import Backbone, role_of
 from finetune_cli.engine.signals import Stop
 from finetune_cli.errors import ModelError, RecipeError
 from finetune_cli.log import LOGGER
@@ -87,7 +99,7 @@ def build(
     check_vocabulary(model, words.tokenizer)
     if recipe.method.labels() is not None:
         models.settle_pad(model, words.tokenizer, sets.train.rows)
-    role = role_of(model, recipe.method)
+    role = role_for(plan, location, model)
     padded_because = layout.choose(role.stock, recipe.model)
     trained, every = sizes(role)
     optimizer = optim.build(role, recipe.train, plan.resolved.learning_rate)
@@ -102,7 +114,8 @@ def build(
         seed=recipe.seed,
         shuffle=recipe.data.shuffle,
     )
-    total = total_steps(schedule.steps_per_epoch, recipe.train.num_train_epochs, recipe.train.max_steps)
+    asked = recipe.method.steps_in_all(plan.resolved.global_batch_size)
+    total = asked or total_steps(schedule.steps_per_epoch, recipe.train.num_train_epochs, recipe.train.max_steps)
     job = Job(
         plan=plan,
         accelerator=acc,
@@ -128,12 +141,25 @@ def build(
         data_fingerprint=checkpoint.rows_sha256(rows.rows),
     )
     reference.attach(job, words.location, resumed=resume is not None)
+    if isinstance(role, Actor):
+        experience.attach(job, role, words.chat, sets.raws)
     seed_everything(recipe.seed, job.rank)
     job.emit({"event": "start", "total": total, "trained": trained, "weights": every, "device": str(acc.device)})
     job.emit({"event": "layout", "padded_because": padded_because, **fill_of(units, recipe)})
     memory.check_disk(job)
     fit.settle(job, None if resume is None else checkpoint.state(resume)["per_device_train_batch_size"])
     return job, Progress() if resume is None else restore(job, resume)
+
+
+def role_for(plan: Plan, location: models.Location, model: Any) -> Backbone:
+    """The module that the method asks; one that learns from its own answers has a critic with it."""
+    recipe = plan.recipe
+    if not recipe.method.online:
+        return role_of(model, recipe.method)
+    critic = None if hasattr(model, "peft_config") else models.load_policy(plan, location)
+    if critic is not None:
+        layout.choose(critic, recipe.model)
+    return Actor(model, critic=critic, temperature=recipe.generation.temperature)
 
 
 def make_units(rows: list[Row], recipe: Recipe, padded_because: str | None) -> list[list[Row]]:
@@ -178,7 +204,7 @@ def compare_rows(rows: list[Row], folder: Path, *, anyway: bool) -> None:
 def restore(job: Job, folder: Path) -> Progress:
     """Optimiser, schedule, generators and place of a checkpoint; what of it the recipe has changed is the recipe's."""
     own = f"rng_{job.rank}"
-    training = checkpoint.load_training(folder, ["optimizer", "scheduler", own, "scaler", "reference"])
+    training = checkpoint.load_training(folder, ["optimizer", "scheduler", own, "scaler", "reference", "critic"])
     state, about = checkpoint.state(folder), manifest.read(folder)
     changed = [c for c in compare(about["recipe"], job.plan.effective) if c.kind in ("length", "training")]
     seat(job, training, changed, stretched=state["max_steps"] != job.total_steps)
@@ -186,6 +212,8 @@ def restore(job: Job, folder: Path) -> Progress:
         job.accelerator.scaler.load_state_dict(training["scaler"])
     if job.reference is not None and "reference" in training:
         job.reference.copies[:] = [copy.to(job.device) for copy in training["reference"]]
+    if job.experience is not None:
+        job.experience.load(training["critic"])
     if own in training and about["world_size"] == job.world:
         checkpoint.set_rng_state(training[own])
     progress = Progress.from_json(state["progress"], rank=job.rank)

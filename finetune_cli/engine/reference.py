@@ -19,7 +19,7 @@ from finetune_cli.data.batches import Batch
 from finetune_cli.engine import layout, models
 from finetune_cli.engine.evaluate import chunks
 from finetune_cli.engine.reference_cache import Store, Values, row_key, weights_key
-from finetune_cli.engine.role import Role
+from finetune_cli.engine.role import Backbone, Role
 from finetune_cli.errors import TrainError
 from finetune_cli.methods.base import Reference as Wanted
 from finetune_cli.plan import facts
@@ -86,13 +86,13 @@ class Reference:
                 copy.lerp_(p.data, self.sync_alpha)
 
 
-def of_policy(role: nn.Module, model: Any, wanted: Wanted) -> Reference:
+def of_policy(role: Backbone, model: Any, wanted: Wanted) -> Reference:
     """The policy's own weights as they are at its start."""
     if wanted.kind == "adapter off":
         return Reference(role, lambda: adapter_off(model))
     if wanted.precompute:
         return Reference(role)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = role.own()
     return copied(role, trained, [p.detach().clone() for p in trained], wanted)
 
 
@@ -101,13 +101,13 @@ def copied(role: nn.Module, trained: list[nn.Parameter], copies: list[Tensor], w
     return Reference(role, lambda: switched(trained, copies), trained=trained, copies=copies, **moves)
 
 
-def of_start(job: "Job", role: nn.Module, location: models.Location, wanted: Wanted) -> Reference:
+def of_start(job: "Job", role: Backbone, location: models.Location, wanted: Wanted) -> Reference:
     """The same for a resumed run, whose policy has moved on: what it started from is loaded again."""
     model = models.load_policy(job.plan, location)
     if wanted.precompute:
         return beside(job, model)
     copies = [p.detach().to(job.device) for p in model.parameters() if p.requires_grad]
-    return copied(role, list(job.trained), copies, wanted)
+    return copied(role, role.own(), copies, wanted)
 
 
 def of_another(job: "Job", name: str) -> Reference:

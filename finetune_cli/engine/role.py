@@ -23,6 +23,10 @@ class Backbone(nn.Module):
         self.model = model
         self.noise_alpha = noise_alpha
 
+    def own(self) -> list[nn.Parameter]:
+        """What is trained of the language model itself."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
     @property
     def stock(self) -> Any:
         """The transformers model itself, under peft's wrapper where there is one; adapters are inside it."""

@@ -8,10 +8,11 @@ from pydantic import Field
 from finetune_cli.methods.base import Method
 from finetune_cli.methods.dpo import Dpo
 from finetune_cli.methods.orpo import Orpo
+from finetune_cli.methods.ppo import Ppo
 from finetune_cli.methods.reward import Reward
 from finetune_cli.methods.sft import Sft
 
-OURS: tuple[type[Method], ...] = (Sft, Dpo, Orpo, Reward)
+OURS: tuple[type[Method], ...] = (Sft, Dpo, Orpo, Reward, Ppo)
 
 
 def registry() -> dict[str, type[Method]]:

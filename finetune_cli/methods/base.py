@@ -86,6 +86,10 @@ class Method(Spec):
     """Names in `Row.extra` of what is kept of the reference."""
     generates: ClassVar[bool] = True
     """Whether what is trained answers prompts, so that samples and generation metrics have a meaning."""
+    online: ClassVar[bool] = False
+    """Whether it learns from answers that it draws itself (methods/online.py)."""
+    judged_by: ClassVar[tuple[str, int]] = ("loss", -1)
+    """What the best checkpoint is chosen by where the recipe has no metric; 1: higher is better, -1: lower."""
     lora_rates: ClassVar[LearningRates]
     full_rates: ClassVar[LearningRates]
 
@@ -137,10 +141,23 @@ class Method(Spec):
     def encode(self, row: Mapping[str, Any], shape: str, render: Render) -> Iterator[Row]:
         """Tokens of one row of the data; more than one where the template rewrites history. Pure, no torch."""
 
-    def steps(self, batch: Layout, models: Models) -> Iterator[Layout]:  # noqa: ARG002
-        """The batches that are trained on for one that was drawn; PPO rolls out here."""
-        yield batch
+    @property
+    def parts(self) -> int:
+        """Optimiser updates that the rows of a step are split into."""
+        return 1
+
+    def scripts(self) -> Iterator[tuple[str, str]]:
+        """(key in the recipe, file) of the user's own Python that it runs."""
+        yield from ()
+
+    def steps_in_all(self, rows_a_step: int) -> int | None:  # noqa: ARG002
+        """Steps of a run of `rows_a_step` rows each, where the method says how long it is."""
+        return None
 
     @abstractmethod
     def loss(self, batch: Layout, models: Models, counts: Counts) -> Loss:
         """This batch's share of the loss; `counts` are those of the whole optimiser step."""
+
+    def losses(self, batch: Layout, models: Models, counts: Counts) -> Iterator[Loss]:
+        """The same in parts that each have a backward of their own, done before the next is asked for."""
+        yield self.loss(batch, models, counts)

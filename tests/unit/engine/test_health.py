@@ -188,3 +188,33 @@ def test_weights_that_do_not_move(recipe_of, job_of, monkeypatch, moves):
     train(job, progress)
     found = [(e["step"], e["rule"]) for e in events if e["event"] == "health"]
     assert found == ([] if moves else [(4, "nothing_changes")])  # three steps with a learning rate, after one without
+
+
+def own_answers():
+    usual = {"objective/kl": 1.0, "completions/distinct_ratio": 0.8, "completions/mean_length": 20.0}
+    more = {"completions/clipped_ratio": 0.0, "learning_rate": 1e-5, "tokens_per_second": 100.0}
+    return {**usual, **more}
+
+
+@pytest.mark.parametrize(
+    ("rule", "fine", "bad"),
+    [
+        ("kl_blow_up", {"objective/kl": 19.0}, {"objective/kl": 21.0}),
+        ("one_answer", {"completions/distinct_ratio": 0.21}, {"completions/distinct_ratio": 0.19}),
+        (
+            "length_runaway",
+            {"completions/mean_length": 41.0, "completions/clipped_ratio": 0.4},
+            {"completions/mean_length": 41.0, "completions/clipped_ratio": 0.6},
+        ),
+    ],
+)
+def test_answers_that_earn_their_reward_the_wrong_way(rule, fine, bad):
+    health = Health()
+
+    def told(numbers, step):
+        return [f.rule for f in health.line({**own_answers(), **numbers}, step=step, memory_gib=1.0)]
+
+    assert not any(told({}, step) for step in range(1, 8))
+    assert told(fine, 8) == []
+    assert told(bad, 9) == [rule]
+    assert told(bad, 10) == []  # it is told of when it begins

@@ -1,0 +1,96 @@
+"""Rollouts: an answer drawn for every prompt, as tokens. `Generator` is where another engine may take over."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from finetune_cli.engine.generate import half_copies
+
+AT_ONCE = 64
+"""Answers drawn together, of prompts of alike length; memory is bound by the cache of their keys and values."""
+
+
+class Generator(Protocol):
+    """What draws answers. It must draw from the policy's own distribution at `temperature`, nothing cut off."""
+
+    def __call__(self, prompts: Sequence[list[int]], *, temperature: float, seed: int) -> list[list[int]]:
+        """An answer to each prompt, in their order, its stop token included; temperature 0 is greedy."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """transformers' own generate with its cache of keys and values, on the bare model of this process."""
+
+    model: Any
+    stop_ids: Sequence[int]
+    pad_id: int
+    max_new_tokens: int
+    stop: Callable[[], bool] = lambda: False
+    """Whether to end early: what is drawn so far comes back, the rest is empty."""
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[list[int]], *, temperature: float, seed: int) -> list[list[int]]:
+        """The draw depends on weights, prompts and `seed` alone, and leaves the run's own random state as it was."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        found: list[list[int]] = [[] for _ in prompts]
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices), ready(self.model), half_copies(self.model):
+            torch.manual_seed(seed)
+            for start in range(0, len(order), AT_ONCE):
+                some = order[start : start + AT_ONCE]
+                if self.stop():
+                    break
+                drawn = self.draw([prompts[i] for i in some], temperature)
+                for i, ids in zip(some, drawn, strict=True):
+                    found[i] = through_stop(ids, self.stop_ids)
+        return found
+
+    def draw(self, prompts: list[list[int]], temperature: float) -> list[list[int]]:
+        """Left-padded, so that every answer starts at the same place; pads are masked by length."""
+        from transformers import GenerationConfig, StoppingCriteriaList
+
+        width, device = max(map(len, prompts)), self.model.device
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        # top_k has a default of 50: what is drawn would not be what the log-probabilities are of
+        whole = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.pad_id,
+            eos_token_id=list(self.stop_ids) or None,
+            **(whole if temperature > 0 else {"do_sample": False}),
+        )
+        asked = StoppingCriteriaList([lambda ids, *_, **__: torch.full((len(ids),), self.stop(), device=ids.device)])
+        out = self.model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=asked)
+        answers: list[list[int]] = out[:, width:].tolist()
+        return answers
+
+
+@contextmanager
+def ready(model: Any) -> Iterator[None]:
+    """The model as generation wants it, without what its own generation_config would change of the distribution
+    (repetition_penalty, top_k, ...)."""
+    from transformers import GenerationConfig
+
+    stock = model.get_base_model() if hasattr(model, "peft_config") else model
+    before = model.training, model.config.use_cache, stock.generation_config
+    model.eval()
+    model.config.use_cache, stock.generation_config = True, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.train(before[0])
+        model.config.use_cache, stock.generation_config = before[1:]
+
+
+def through_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """What comes first of the ids up to and with a stop token; what follows it is padding."""
+    end = next((n + 1 for n, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[:end]
+
+
+def without_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    return ids[:-1] if ids and ids[-1] in stop_ids else ids
