@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.helpers import finetune, journal, questions, write_recipe, write_rows
@@ -75,3 +76,48 @@ def test_under_torchrun(recipe, alone):
 
 def test_under_accelerate_launch(recipe, alone):
     assert_same_run(run(recipe, "accelerate", launcher=ACCELERATE), alone)
+
+
+OWN_ANSWERS = '''
+"""A reward, and answers that are a function of the prompt, whichever process gives them."""
+from finetune_cli.engine import rollout
+
+
+def answer(self, prompts, *, temperature, seed):
+    return [[(sum(prompt) * k) % 300 + 20 for k in range(1, 4 + len(prompt) % 3)] for prompt in prompts]
+
+
+rollout.Local.__call__ = answer
+
+
+def score(prompts, responses, rows):
+    return [len(response) / 10 for response in responses]
+'''
+
+
+def test_roles_that_take_turns_are_the_same_in_two_processes(recipe, tiny_model_folder):
+    """PPO's gradients are summed by hand: weights of policy and critic after three steps of two updates."""
+    (recipe.parent / "reward.py").write_text(OWN_ANSWERS)
+    rows = [{"prompt": row["messages"][:1]} for row in questions(17)]
+    knobs = {"name": "ppo", "reward": "reward.py:score", "num_mini_batches": 2, "num_ppo_epochs": 1}
+    path = write_recipe(
+        recipe.parent / "ppo.yaml",
+        method=knobs,
+        model=str(tiny_model_folder),
+        data={"train": str(write_rows(recipe.parent / "prompts.jsonl", rows))},
+        train={"max_steps": None, "num_train_epochs": 1, "global_batch_size": 8, "per_device_train_batch_size": 2},
+        eval={"eval_strategy": "no"},
+    )
+    one, two = (run(path, f"ppo{n}", "--set", f"num_processes={n}") for n in (1, 2))
+    found, wanted = ([line for line in journal(folder) if line["event"] == "train"] for folder in (two, one))
+    assert [line["step"] for line in found] == [1, 2, 3]
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key in set(mine) - {"tokens_per_second", "memory_gib", "seconds", "event"}:
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (mine["step"], key)
+    critics = [torch.load(folder / "checkpoint-3" / "critic.pt", weights_only=True) for folder in (one, two)]
+    policies = [load_file(folder / "adapter_model.safetensors") for folder in (one, two)]
+    for a, b in (critics, policies):
+        assert a.keys() == b.keys()
+        assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5
+        assert max(float(w.abs().max()) for name, w in a.items() if "lora_B" in name or "value_head" in name) > 1e-4
