@@ -2,6 +2,7 @@
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -120,6 +121,30 @@ def explain(rule: Annotated[str | None, typer.Argument(metavar="[FTnnn]", help="
     from finetune_cli import commands
 
     raise typer.Exit(commands.explain(rule))
+
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
+
+
+class MergeDtype(StrEnum):
+    """Number formats that a merged model is saved in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@app.command()
+def merge(
+    run: Run,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; RUN/merged.")] = None,
+    dtype: Annotated[MergeDtype, typer.Option(help="Number format of the weights.")] = MergeDtype.auto,
+    as_json: AsJson = False,
+) -> None:
+    """Add an adapter into its base and save a model of its own."""
+    from finetune_cli import using
+
+    raise typer.Exit(using.merge(run, output, dtype=dtype.value, as_json=as_json))
 
 
 @app.command()

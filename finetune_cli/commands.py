@@ -15,8 +15,10 @@ from finetune_cli.checks.rule import Seen
 from finetune_cli.errors import DataError, FinetuneError, MachineError, Problem, RecipeError
 from finetune_cli.plan import facts as model_facts
 from finetune_cli.plan import launch, machine
+from finetune_cli.plan.memory import remembered
 from finetune_cli.plan.resolve import Plan, resolve
 from finetune_cli.recipe.load import Loaded, load
+from finetune_cli.use.memory_table import memory_table
 
 if TYPE_CHECKING:
     from finetune_cli import runs
@@ -59,7 +61,7 @@ def planned(recipe: Path, overrides: Sequence[str]) -> tuple[Plan, Loaded, list[
     """The plan, the recipe it is of, and the warnings so far."""
     warnings: list[Problem] = []
     seen = checked(recipe, overrides, warnings.append)
-    return seen.plan, seen.loaded, warnings
+    return remembered(seen.plan), seen.loaded, warnings
 
 
 def validate(recipe: Path, overrides: Sequence[str], *, fast: bool, as_json: bool, fix: bool = False) -> int:
@@ -137,6 +139,7 @@ def plan(recipe: Path, overrides: Sequence[str], *, as_json: bool) -> int:
     show.warnings(warnings)
     show.out.print(show.header(made))
     show.origins(made)
+    show.out.print(memory_table(made))
     return 0
 
 

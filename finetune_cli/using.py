@@ -1,7 +1,7 @@
 """What the commands on finished runs do."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +99,17 @@ def doctor(*, as_json: bool) -> int:
     else:
         show.out.print(doctor.block(found), markup=False)
     return doctor.exit_code(found)
+
+
+def merge(run: Path, output: Path | None, *, dtype: str, as_json: bool) -> int:
+    """Add an adapter into its base, and say how near the two are."""
+    log.setup()
+    log.quiet_libraries()
+    from finetune_cli.use.merge import merge
+
+    folder, kind, found = merge(run, output, dtype=dtype)
+    if as_json:
+        show.to_stdout({"folder": str(folder), "dtype": kind, **asdict(found)})
+    else:
+        show.out.print(f"merged into {show.short(str(folder))}, {kind}\n{found}", markup=False)
+    return 0

@@ -54,7 +54,7 @@ def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: 
     """Everything between plan and report."""
     from finetune_cli.checks import stages
     from finetune_cli.checks.rule import Seen
-    from finetune_cli.engine import events, finish, loop, preflight, prepare
+    from finetune_cli.engine import events, finish, loop, preflight, prepare, trackers
     from finetune_cli.recipe.load import load
     from finetune_cli.show import screen
 
@@ -77,11 +77,11 @@ def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: 
     lines: list[dict[str, Any]] = []
     if job.accelerator.is_main_process:
         through = progress.step if resume else None
-        about = {"fingerprint": plan.fingerprint}
-        trackers = events.Trackers(plan.recipe.logging, plan.run, about, keep_through=through)
+        about = trackers.config_of(plan)
+        told = trackers.Trackers(plan.recipe.logging, plan.run, about, keep_through=through)
         journal = events.Journal(plan.run / "metrics.jsonl", keep_through=through)
         lines = journal.lines
-        job.sink = events.fan_out([journal, trackers, show])
+        job.sink = events.fan_out([journal, told, show])
     try:
         progress = loop.train(job, progress)
     except Interrupted as interrupted:
@@ -93,7 +93,7 @@ def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: 
         report = finish.finish(job, progress, lines)
         page_of(plan.run)
         journal.close()
-        trackers.close()
+        told.close()
         show({"event": "end", "report": report, "run": str(plan.run)})
     job.accelerator.wait_for_everyone()
     job.accelerator.end_training()

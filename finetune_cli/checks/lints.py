@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterator
 from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
 
 from finetune_cli.checks.rule import Found, Seen, counted
 from finetune_cli.methods.base import Shape
@@ -31,6 +33,12 @@ NOT_YET: dict[str, tuple[object, ...]] = {
 }
 """Keys of the contract that this version does not act on yet, and the values it can honour."""
 
+TRACKERS = {
+    "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "comet_ml": "comet_ml", "aim": "aim",
+    "clearml": "clearml", "dvclive": "dvclive", "swanlab": "swanlab", "trackio": "trackio",
+}  # fmt: skip
+"""What accelerate can track, and the package that each needs."""
+
 FEWEST_STEPS = 20
 
 
@@ -56,6 +64,31 @@ def optimiser(seen: Seen) -> Iterator[Found]:
     close = get_close_matches(name, OPTIMISERS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(OPTIMISERS)}"
     yield Found("train.optim", f"unknown optimiser {name!r}", hint)
+
+
+def trackers(seen: Seen) -> Iterator[Found]:
+    """Names that no tracker has, packages that are not there, and a login that would be asked for."""
+    for name in seen.recipe.logging.report_to:
+        if name == "none":
+            continue
+        if name not in TRACKERS:
+            close = get_close_matches(name, TRACKERS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: none, {', '.join(sorted(TRACKERS))}"
+            yield Found("logging.report_to", f"unknown tracker {name!r}", hint)
+        elif find_spec(TRACKERS[name]) is None:
+            yield Found("logging.report_to", f"{name} is not installed", f"pip install {name}, or take it out")
+        elif name == "wandb" and not wandb_can_start():
+            remedy = "set WANDB_API_KEY, run `wandb login`, or set WANDB_MODE=offline"
+            yield Found("logging.report_to", "wandb would ask who you are", remedy)
+
+
+def wandb_can_start() -> bool:
+    """Offline, or with a key in the environment or where `wandb login` puts it."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2].partition("/")[0]
+    return netrc.is_file() and host in netrc.read_text(encoding="utf-8", errors="replace")
 
 
 def learning_rate(seen: Seen) -> Iterator[Found]:

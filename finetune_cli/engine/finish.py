@@ -10,6 +10,8 @@ from finetune_cli.engine.loop import Progress
 from finetune_cli.engine.lora import sizes
 from finetune_cli.engine.manifest import MANIFEST, PREFIX, flush, whole, write_text
 from finetune_cli.log import to_json
+from finetune_cli.plan.footprint import Estimate
+from finetune_cli.plan.memory import estimate, extent, setup
 
 NOT_THE_RESULT = (MANIFEST, "trainer_state.json")
 
@@ -58,7 +60,7 @@ def make_report(job: Job, progress: Progress, step: int) -> dict[str, Any]:
         "seconds": progress.seconds,
         "tokens_per_second": progress.num_tokens / progress.seconds if progress.seconds else None,
         "peak_memory_gib": sum(job.peaks),
-        "estimated_memory_gib": None,
+        "estimated_memory_gib": estimated_gib(job),
         "first": progress.first,
         "last": progress.last,
         "result": {"checkpoint": f"{PREFIX}{step}", "step": step, "is": why(job, step, progress)},
@@ -71,6 +73,25 @@ def make_report(job: Job, progress: Progress, step: int) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "data_fingerprint": job.data_fingerprint,
     }
+
+
+def estimated(job: Job) -> Estimate | None:
+    """What one process was expected to need for its largest forward; None where the configuration says too little."""
+    fullest = max(job.own_batches(), key=lambda rows: sum(row.length for row in rows))
+    found = setup(job.plan, extent(fullest, padded=job.padded_because is not None))
+    return estimate(found) if found is not None else None
+
+
+LIBRARIES_GIB = 0.6
+"""What a process on a CPU holds before its first tensor: Python, torch, transformers and what they open."""
+
+
+def estimated_gib(job: Job) -> float | None:
+    """Of the quantity that `peak_memory_gib` is: on a CPU the resident set, libraries included; of all processes."""
+    found = estimated(job)
+    if found is None:
+        return None
+    return job.world * (found.gib + (LIBRARIES_GIB if job.device.type == "cpu" else 0.0))
 
 
 def why(job: Job, step: int, progress: Progress) -> str:

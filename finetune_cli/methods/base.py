@@ -82,6 +82,8 @@ class Method(Spec):
     shapes: ClassVar[tuple[str, ...]] = ()
     """The shapes of rows it takes, as `data/sources.py` names them: messages, completion, text, ..."""
     roles: ClassVar[tuple[str, ...]] = ("policy",)
+    branches: ClassVar[int] = 1
+    """Answers of a row, as far as memory is planned before rows are read."""
     remembers: ClassVar[tuple[str, ...]] = ()
     """Names in `Row.extra` of what is kept of the reference."""
     generates: ClassVar[bool] = True

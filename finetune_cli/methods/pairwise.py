@@ -50,6 +50,7 @@ class Pairwise(Method):
     """A method on pairs of answers to one prompt."""
 
     shapes: ClassVar = ("pairs",)
+    branches: ClassVar = 2
 
     def encoding(self) -> dict[str, Any]:
         return {"name": self.name}

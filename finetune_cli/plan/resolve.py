@@ -10,6 +10,7 @@ from finetune_cli import __version__
 from finetune_cli.methods.base import Reference, Start
 from finetune_cli.plan.changes import effective, fingerprint, leaves
 from finetune_cli.plan.facts import Facts
+from finetune_cli.plan.footprint import Estimate
 from finetune_cli.plan.machine import Machine
 from finetune_cli.recipe.sections import Recipe
 from finetune_cli.spec import Spec
@@ -56,6 +57,9 @@ class Plan(Spec):
     versions: dict[str, str]
     fingerprint: str
     """Of everything in the recipe that changes the numbers of the run; the rows have a fingerprint of their own."""
+    memory: Estimate | None = None
+    """Of one process whose forwards are as long as `data.max_length` allows; None where the model's configuration is
+    not on this machine."""
 
     @property
     def effective(self) -> dict[str, Any]:

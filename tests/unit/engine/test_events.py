@@ -4,9 +4,7 @@ import json
 
 import pytest
 
-from finetune_cli.engine.events import Journal, Trackers
-from finetune_cli.errors import MachineError
-from finetune_cli.recipe.sections import Logging
+from finetune_cli.engine.events import Journal
 
 ODD = "{ \u2028 \x85 日本 🙂 \n }"
 
@@ -62,24 +60,3 @@ def test_a_fresh_run_starts_empty(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"event": "train", "step": 1}\n')
     Journal(tmp_path / "m.jsonl", keep_through=None).close()
     assert (tmp_path / "m.jsonl").read_text() == ""
-
-
-def test_unknown_tracker_is_named(tmp_path):
-    with pytest.raises(MachineError, match="'tensorbord' is not a tracker") as caught:
-        Trackers(Logging(report_to=["tensorbord"]), tmp_path, {})
-    assert "tensorboard" in caught.value.hint
-
-
-def test_tensorboard_gets_the_numbers_under_their_names(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    trackers = Trackers(Logging(), tmp_path, {"fingerprint": "abc"})
-    trackers({"event": "train", "step": 3, "epoch": 0.5, "loss": 0.25})
-    trackers({"event": "eval", "step": 3, "epoch": 0.5, "eval_loss": 0.75})
-    trackers({"event": "sample", "step": 3, "epoch": 0.5, "row": 1})
-    trackers.close()
-    files = (tmp_path / "tensorboard").rglob("events.out.tfevents.*")
-    (read,) = (found for file in files if (found := EventAccumulator(str(file)).Reload()).Tags()["scalars"])
-    assert set(read.Tags()["scalars"]) == {"loss", "eval_loss", "epoch"}
-    assert [(e.step, e.value) for e in read.Scalars("loss")] == [(3, 0.25)]
-    assert [(e.step, e.value) for e in read.Scalars("eval_loss")] == [(3, 0.75)]
