@@ -126,6 +126,14 @@ def explain(rule: Annotated[str | None, typer.Argument(metavar="[FTnnn]", help="
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
 
 
+@app.command()
+def push(run: Run, as_json: AsJson = False) -> None:
+    """Upload the result of a run to the model hub."""
+    from finetune_cli import using
+
+    raise typer.Exit(using.push(run, as_json=as_json))
+
+
 class MergeDtype(StrEnum):
     """Number formats that a merged model is saved in."""
 

@@ -4,7 +4,7 @@ import codecs
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from finetune_cli.use.memory_table import memory_table
 
 if TYPE_CHECKING:
     from finetune_cli import runs
+    from finetune_cli.engine.hub import Repository
     from finetune_cli.recipe.fix import Fixed
 
 
@@ -152,8 +153,21 @@ def run(recipe: Path, overrides: Sequence[str], options: "runs.Options") -> int:
     if not options.as_json and (not launch.inside() or log.rank() == 0):
         show.warnings(warnings)
         show.out.print(show.header(made))
+    if made.recipe.save.push_to_hub and (not launch.inside() or log.rank() == 0):
+        made = made.model_copy(update={"repository": asdict(repository(made, loaded))})
     again = ("finetune", "run", str(recipe), *(part for value in overrides for part in ("--set", value)))
     return runs.run(made, loaded, replace(options, again=(*again, *(["--json"] if options.as_json else []))))
+
+
+def repository(made: Plan, loaded: Loaded) -> "Repository":
+    """Where the run will be uploaded to. Raises MachineError, at the line to blame, where it would not be let in."""
+    from finetune_cli.engine.hub import open_repository
+
+    try:
+        return open_repository(made.recipe.save, made.run)
+    except MachineError as error:
+        found = tuple(loaded.problem(p.key, p.message, rule=p.rule) for p in error.problems)
+        raise MachineError(error.message, error.hint, problems=found) from error
 
 
 def init(method: str | None, output: Path, *, source: Path | None = None) -> int:

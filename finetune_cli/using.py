@@ -113,3 +113,18 @@ def merge(run: Path, output: Path | None, *, dtype: str, as_json: bool) -> int:
     else:
         show.out.print(f"merged into {show.short(str(folder))}, {kind}\n{found}", markup=False)
     return 0
+
+
+def push(run: Path, *, as_json: bool) -> int:
+    """Upload the result of a finished run."""
+    log.setup()
+    from finetune_cli.engine import hub
+    from finetune_cli.use.finished import plan_of
+
+    repository = hub.open_repository(plan_of(run).recipe.save, run.absolute())
+    hub.push(run, repository, tell=log.LOGGER.info)
+    if as_json:
+        show.to_stdout({"repository": repository.id, "url": repository.url})
+    else:
+        show.out.print(f"uploaded to {repository.url}", markup=False)
+    return 0

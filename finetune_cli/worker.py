@@ -6,13 +6,16 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_cli import log
 from finetune_cli.engine.manifest import write_text
 from finetune_cli.engine.signals import Interrupted, Stop, exit_code
 from finetune_cli.errors import KINDS, FinetuneError, MachineError, Problem, TrainError
 from finetune_cli.plan.resolve import Plan
+
+if TYPE_CHECKING:
+    from finetune_cli.engine.hub import Pusher
 
 INTERNAL = 1
 
@@ -54,7 +57,7 @@ def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: 
     """Everything between plan and report."""
     from finetune_cli.checks import stages
     from finetune_cli.checks.rule import Seen
-    from finetune_cli.engine import events, finish, loop, preflight, prepare, trackers
+    from finetune_cli.engine import events, finish, hub, loop, preflight, prepare, trackers
     from finetune_cli.recipe.load import load
     from finetune_cli.show import screen
 
@@ -82,6 +85,8 @@ def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: 
         journal = events.Journal(plan.run / "metrics.jsonl", keep_through=through)
         lines = journal.lines
         job.sink = events.fan_out([journal, told, show])
+        if plan.repository is not None:
+            job.pusher = hub.Pusher(plan.recipe.save, plan.run, hub.Repository(**plan.repository))
     try:
         progress = loop.train(job, progress)
     except Interrupted as interrupted:
@@ -92,11 +97,19 @@ def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: 
     if job.accelerator.is_main_process:
         report = finish.finish(job, progress, lines)
         page_of(plan.run)
+        uploaded(job.pusher, plan.run)
         journal.close()
         told.close()
         show({"event": "end", "report": report, "run": str(plan.run)})
     job.accelerator.wait_for_everyone()
     job.accelerator.end_training()
+
+
+def uploaded(pusher: "Pusher | None", run: Path) -> None:
+    """The result, last: the run is over and whole, whatever becomes of it."""
+    failed = pusher.finished() if pusher is not None else None
+    if failed is not None:
+        log.LOGGER.warning("the result is here and not on the hub (%s); `finetune push %s` uploads it", failed, run)
 
 
 def page_of(run: Path) -> None:

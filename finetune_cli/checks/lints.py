@@ -27,7 +27,6 @@ REFUSED_OPTIMISERS = {
 }
 
 NOT_YET: dict[str, tuple[object, ...]] = {
-    "save.push_to_hub": (False,),
     "launch.strategy": ("auto", "ddp"),
     "launch.num_machines": (1,),
 }

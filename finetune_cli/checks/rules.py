@@ -262,9 +262,9 @@ RULES: tuple[Rule, ...] = (
         "the upload fails at the very end",
         "error",
         "A missing permission is found out after hours (autotrain 769).",
-        "nothing: save.push_to_hub is refused in this version (FT101)",
-        held="There is no upload in this version.",
-        proof="tests/unit/checks/test_lints.py::test_what_this_version_cannot_do",
+        "set HF_TOKEN to a token that can write, and save.hub_model_id to a repository of yours",
+        held="Identity, scope and repository are checked before anything is loaded; results are on the disk first.",
+        proof="tests/unit/engine/test_hub.py::test_a_run_that_may_not_write_does_not_start",
     ),
     Rule(
         "FT026",

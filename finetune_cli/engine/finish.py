@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from finetune_cli.engine.card import card
 from finetune_cli.engine.health import counted
 from finetune_cli.engine.job import Job
 from finetune_cli.engine.loop import Progress
@@ -25,7 +26,7 @@ def finish(job: Job, progress: Progress, lines: list[dict[str, Any]]) -> dict[st
     report = make_report(job, progress, step) | {"health": counted(lines)}
     state = {"global_step": progress.step, "epoch": progress.step / job.schedule.steps_per_epoch, "log_history": lines}
     write_json(run / "trainer_state.json", state)
-    write_text(run / "README.md", card(job, report))
+    write_text(run / "README.md", card(job.plan, report, adapted=(run / "adapter_config.json").exists()))
     flush(run)
     write_json(run / "report.json", report)  # last: it says that all the others are there
     return report
@@ -98,28 +99,3 @@ def why(job: Job, step: int, progress: Progress) -> str:
     if progress.best is not None and step == progress.best[1] and job.plan.resolved.load_best_model_at_end:
         return "best"
     return "last"
-
-
-def card(job: Job, report: dict[str, Any]) -> str:
-    """A model card: what was trained on what, and the numbers before and after."""
-    recipe, adapted = job.plan.recipe, (job.plan.run / "adapter_config.json").exists()
-    library = "peft" if adapted else "transformers"
-    task = "text-generation" if recipe.method.generates else "text-classification"
-    base = recipe.model.name_or_path
-    rows = "".join(
-        f"| {name} | {value:.4g} | {report['last'][name]:.4g} |\n"
-        for name, value in report["first"].items()
-        if name.startswith("eval_")
-    )
-    table = f"| | before | after |\n|---|---|---|\n{rows}" if rows else ""
-    return (
-        f"---\nlibrary_name: {library}\npipeline_tag: {task}\ntags: [finetune, {recipe.method.name}]\n---\n\n"
-        f"# {job.plan.run.name}\n\n"
-        f"{'An adapter for' if adapted else 'A fine-tuned copy of'} `{Path(base).name if '/' in base else base}`, "
-        f"trained with {recipe.method.name} on {report['rows']['kept']} rows "
-        f"({report['tokens']['trained']} trained tokens, {report['steps']} steps of "
-        f"{job.plan.resolved.global_batch_size} rows). The weights are those of step {report['result']['step']} "
-        f"({report['result']['is']}).\n\n{table}\n"
-        f"Learning rate {job.plan.resolved.learning_rate}, {job.plan.resolved.precision}. The whole recipe is in "
-        f"`recipe.yaml`, every number in `metrics.jsonl`.\n"
-    )

@@ -18,6 +18,7 @@ from finetune_cli.engine import checkpoint, manifest
 from finetune_cli.engine.actor import POLICY
 from finetune_cli.engine.events import Sink
 from finetune_cli.engine.experience import Experience
+from finetune_cli.engine.hub import Pusher
 from finetune_cli.engine.manifest import PREFIX
 from finetune_cli.engine.metrics import Metric
 from finetune_cli.engine.reference import Reference
@@ -76,6 +77,8 @@ class Job:
     """Peak memory of every process, GiB; filled in at the end."""
     stop: Stop = field(default_factory=Stop)
     """Whether this process has been asked to end."""
+    pusher: Pusher | None = None
+    """Who uploads; None where nothing is, and in all processes but the first."""
     data_fingerprint: str = ""
     """sha256 of the rows that are trained on."""
 
@@ -238,6 +241,8 @@ class Job:
                 about=self.about,
                 announce=lambda: self.emit(said),
             )
+            if self.pusher is not None:
+                self.pusher.saved(folder)
             best = progress.best[1] if progress.best is not None else None
             manifest.prune(self.plan.run, keep=self.recipe.save.save_total_limit, best=best)
         self.accelerator.wait_for_everyone()

@@ -57,6 +57,8 @@ class Plan(Spec):
     versions: dict[str, str]
     fingerprint: str
     """Of everything in the recipe that changes the numbers of the run; the rows have a fingerprint of their own."""
+    repository: dict[str, Any] | None = None
+    """Where the run is uploaded to (id, url, private), once the hub has said yes."""
     memory: Estimate | None = None
     """Of one process whose forwards are as long as `data.max_length` allows; None where the model's configuration is
     not on this machine."""

@@ -224,9 +224,10 @@ class Save(Spec):
     push_to_hub: bool = False
     """Upload the result."""
     hub_model_id: str | None = None
-    """Repository to upload to."""
-    hub_strategy: Literal["checkpoint", "end"] = "checkpoint"
-    """Upload with every checkpoint, or once at the end."""
+    """Repository to upload to, `owner/name` or a name; the name of the run folder where it is not given."""
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = "checkpoint"
+    """Upload the result at the end; also the model at every save; with it the newest checkpoint, under last-checkpoint,
+    to resume from; or every checkpoint under its own name."""
     hub_private_repo: bool = True
     """Whether a new repository is private."""
 
