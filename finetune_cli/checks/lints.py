@@ -150,6 +150,30 @@ def adapters(seen: Seen) -> Iterator[Found]:
         yield Found("lora", "model.name_or_path is an adapter, which goes on with its own settings")
 
 
+INITS = ("gaussian", "pissa", "olora", "orthogonal")
+"""Values of `lora.init_lora_weights` beside true and false whose adapter means the same when it is loaded again."""
+OTHER_INITS = {
+    "pissa_niter": "it draws at random, and again when the adapter is loaded, on other weights then",
+    "eva": "it needs the activations of rows before training",
+    "corda": "it needs the activations of rows before training",
+    "lora_ga": "it needs gradients before training",
+    "loftq": "it needs a configuration of its own",
+    "mica": "it was not tried here",
+}
+
+
+def initial_adapters(seen: Seen) -> Iterator[Found]:
+    lora = seen.recipe.lora
+    if lora is None or isinstance(lora.init_lora_weights, bool):
+        return
+    name = lora.init_lora_weights
+    if name not in INITS:
+        reason = next((why for other, why in OTHER_INITS.items() if name.startswith(other)), "there is no such one")
+        yield Found("lora.init_lora_weights", f"{name}: {reason}", f"use true, {', '.join(INITS)}")
+    elif seen.recipe.quantization is not None and name in ("pissa", "olora"):
+        yield Found("lora.init_lora_weights", f"{name} changes the base, which is quantised", "use true")
+
+
 def quantised(seen: Seen) -> Iterator[Found]:
     """Weights in 4 or 8 bits cannot be trained themselves."""
     if seen.recipe.quantization is None:

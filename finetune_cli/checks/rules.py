@@ -441,5 +441,13 @@ RULES: tuple[Rule, ...] = (
         "take it out of logging.report_to",
         lint=lints.trackers,
     ),
+    Rule(
+        "FT113",
+        "an initialisation of adapters that cannot be used",
+        "error",
+        "Some initialisations need rows or gradients first, or leave the base changed; peft finds out after loading.",
+        "use true, gaussian, pissa, olora or orthogonal",
+        lint=lints.initial_adapters,
+    ),
 )
 BY_ID = {rule.id: rule for rule in RULES}

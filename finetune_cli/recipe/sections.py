@@ -55,7 +55,7 @@ class Lora(Spec):
     use_dora: bool = False
     """Train magnitude and direction apart (arXiv 2402.09353)."""
     init_lora_weights: bool | str = True
-    """Initialisation, as peft names it: true, gaussian, pissa, olora, ..."""
+    """Initialisation, as peft names it: true, false, gaussian, pissa, olora or orthogonal."""
 
 
 class Quantization(Spec):
