@@ -1,4 +1,4 @@
-"""What is trained with each kind of adapter is what plain peft loads: the same logits, on a base that nobody touched."""
+"""What is trained with each kind of adapter is what plain peft loads: the same logits, on a base nobody touched."""
 
 import pytest
 import torch
