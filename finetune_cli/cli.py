@@ -87,24 +87,28 @@ def plan(recipe: RecipeFile, set_: Sets = None, as_json: AsJson = False) -> None
 
 @app.command()
 def init(
-    method: Annotated[str | None, typer.Argument(help="sft, dpo, ...; `finetune methods` lists them.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("recipe.yaml"),
+    what: Annotated[
+        str | None, typer.Argument(metavar="[METHOD]", help="sft, dpo, ..., or a recipe that `finetune recipes` lists.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write: recipe.yaml, or recipes/NAME.yaml.")
+    ] = None,
     source: Annotated[
         Path | None, typer.Option("--from", help="A recipe of axolotl, LLaMA-Factory or TRL to translate.")
     ] = None,
 ) -> None:
     """Write a recipe to start from, or another tool's as ours."""
-    from finetune_cli import commands
+    from finetune_cli import starting
 
-    raise typer.Exit(commands.init(method, output, source=source))
+    raise typer.Exit(starting.init(what, output, source=source))
 
 
 @app.command()
-def recipes() -> None:
-    """List the recipes that come with finetune."""
-    from finetune_cli import commands
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes that come with finetune: method, hardware, measured time and memory."""
+    from finetune_cli import starting
 
-    raise typer.Exit(commands.recipes())
+    raise typer.Exit(starting.recipes(as_json=as_json))
 
 
 @app.command()

@@ -170,58 +170,6 @@ def repository(made: Plan, loaded: Loaded) -> "Repository":
         raise MachineError(error.message, error.hint, problems=found) from error
 
 
-def init(method: str | None, output: Path, *, source: Path | None = None) -> int:
-    """A recipe to start from: a method's template, or another tool's recipe as ours."""
-    if output.exists():
-        raise RecipeError(f"{output} exists", "Name another file with --output.")
-    if source is not None:
-        from finetune_cli.recipe.foreign import convert
-
-        try:
-            text = f"# yaml-language-server: $schema={schema_path()}\n{convert(source, method=method)}"
-        except OSError as error:
-            raise RecipeError(f"{source} cannot be read: {error.strerror}", "Name another tool's recipe.") from error
-    else:
-        text = template_of(method)
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MachineError(
-            f"{output} cannot be written: {error.strerror}", "Name another file with --output."
-        ) from error
-    show.out.print(f"wrote {output}; next:\n  finetune validate {output}\n  finetune run {output}", markup=False)
-    return 0
-
-
-def template_of(method: str | None) -> str:
-    from finetune_cli.methods import registry
-    from finetune_cli.shipped import recipes_folder
-
-    if method is None:
-        raise RecipeError("init needs a method, or --from a recipe", f"Known: {', '.join(registry())}.")
-    template = recipes_folder() / "templates" / f"{method}.yaml"
-    if method not in registry() or not template.exists():
-        raise RecipeError(f"there is no method {method!r}", f"Known: {', '.join(registry())}.")
-    return template.read_text(encoding="utf-8").replace("$SCHEMA", schema_path())
-
-
-def schema_path() -> str:
-    """Where an editor finds the schema, whatever folder the recipe is in."""
-    from finetune_cli.shipped import schemas_folder
-
-    return str((schemas_folder() / "recipe.schema.json").resolve().as_uri())
-
-
-def recipes() -> int:
-    from finetune_cli.shipped import recipes_folder
-
-    for path in sorted(recipes_folder().glob("*.yaml")):
-        lines = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
-        about = next((line for line in lines if not line.startswith("yaml-language-server")), "")
-        show.out.print(f"{show.short(str(path))}\n  {about}")
-    return 0
-
-
 def methods(name: str | None) -> int:
     from finetune_cli.methods import registry
 

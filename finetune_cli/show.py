@@ -138,6 +138,21 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def recipes(listed: Iterable[tuple[tuple[str, ...], str]]) -> None:
+    """What comes along: (name, method, hardware, time, memory) of each recipe, and what it is for."""
+    heads, known = ("name", "method", "hardware", "time", "memory"), list(listed)
+    widths = [max(len(cells[i]) for cells in (heads, *(cells for cells, _ in known))) for i in range(len(heads))]
+
+    def line(cells: tuple[str, ...]) -> str:
+        return "  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+    out.print(Text(line(heads), style="bold"))
+    for cells, about in known:
+        out.print(Text(line(cells)))
+        out.print(Text(f"    {about}", style="dim"))
+    out.print("`finetune init NAME` writes one into recipes/, with the rows that it is shown on", markup=False)
+
+
 def header(plan: Plan) -> Panel:
     """What was resolved, and why, before anything is loaded."""
     recipe, resolved = plan.recipe, plan.resolved

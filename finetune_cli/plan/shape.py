@@ -3,11 +3,13 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from finetune_cli.spec import Spec
 
+KNOWN = Path(__file__).with_name("known_models.json")
 NO_GATE = {"gpt2", "gpt_neox", "gpt_neo", "gptj", "opt", "bloom", "phi", "starcoder2", "falcon", "gpt_bigcode", "xglm"}
 """Families whose feed-forward layers are two products, not three."""
 SANDWICH = {"gemma2", "gemma3", "gemma3_text", "glm4", "olmo2", "olmo3"}
@@ -141,7 +143,8 @@ def _either(config: Mapping[str, Any], *names: str) -> int:
 
 def config_of(name: str, *, base: str | None = None, revision: str | None = None) -> dict[str, Any] | None:
     """The configuration of a model as far as it lies on this machine: in a folder, under an adapter, in the cache of
-    builtin models or of the hub, or in the header of a `.gguf` file. None where there is none."""
+    builtin models or of the hub, or in the header of a `.gguf` file; else of the models known here. None where there
+    is none."""
     if name.endswith(".gguf"):
         return _of_gguf(Path(name)) if Path(name).is_file() else None
     if name.startswith("builtin:"):
@@ -156,7 +159,17 @@ def config_of(name: str, *, base: str | None = None, revision: str | None = None
     from huggingface_hub import try_to_load_from_cache
 
     there = try_to_load_from_cache(name, "config.json", revision=revision)
-    return read_json(Path(there)) if isinstance(there, str | os.PathLike) else None
+    if isinstance(there, str | os.PathLike):
+        return read_json(Path(there))
+    return known_models().get(name) if revision is None else None
+
+
+@cache
+def known_models() -> dict[str, dict[str, Any]]:
+    """Sizes of models that recipes are often written for, as their configurations have them: a plan is made, and its
+    memory estimated, before anything is downloaded."""
+    found: dict[str, dict[str, Any]] = json.loads(KNOWN.read_text(encoding="utf-8"))
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -172,7 +185,7 @@ def _of_builtin(name: str) -> dict[str, Any] | None:
     from finetune_cli.data import builtin
 
     known = builtin.find(name.removeprefix(builtin.PREFIX))
-    return read_json(builtin.place(known) / "config.json")
+    return read_json(builtin.place(known) / "config.json") or known_models().get(name)
 
 
 GGUF = {

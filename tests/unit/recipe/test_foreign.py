@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune_cli import commands
+from finetune_cli import starting
 from finetune_cli.errors import RecipeError
 from finetune_cli.recipe.foreign import convert
 from finetune_cli.recipe.load import load
@@ -295,10 +295,10 @@ def test_a_value_cannot_leave_its_comment(converted):
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs.yaml").write_text(AXOLOTL_DPO)
-    assert commands.init(None, tmp_path / "ours.yaml", source=tmp_path / "theirs.yaml") == 0
+    assert starting.init(None, tmp_path / "ours.yaml", source=tmp_path / "theirs.yaml") == 0
     text = (tmp_path / "ours.yaml").read_text()
     assert text.startswith("# yaml-language-server: $schema=file:")
     with pytest.raises(RecipeError, match="cannot be read"):
-        commands.init(None, tmp_path / "other.yaml", source=tmp_path / "nothing.yaml")
+        starting.init(None, tmp_path / "other.yaml", source=tmp_path / "nothing.yaml")
     with pytest.raises(RecipeError, match="needs a method"):
-        commands.init(None, tmp_path / "other.yaml")
+        starting.init(None, tmp_path / "other.yaml")
