@@ -1,4 +1,4 @@
-"""What people start with: a method's recipe, a shipped one, another tool's as ours; and the list of what comes along."""
+"""What people start with: a method's recipe, a whole one, another tool's as ours; and the list of what comes along."""
 
 from pathlib import Path
 
@@ -35,9 +35,7 @@ def _free(output: Path) -> Path:
 def _tell(written: list[Path]) -> int:
     recipe, *others = written
     also = f", {', '.join(map(str, others))}" if others else ""
-    show.out.print(
-        f"wrote {recipe}{also}; next:\n  finetune validate {recipe}\n  finetune run {recipe}", markup=False
-    )
+    show.out.print(f"wrote {recipe}{also}; next:\n  finetune validate {recipe}\n  finetune run {recipe}", markup=False)
     return 0
 
 

@@ -54,6 +54,12 @@ class Entry:
         return self.loaded.recipe.method.name
 
     @property
+    def model(self) -> str:
+        """As the recipe has it."""
+        name = self.loaded.recipe.model.name_or_path
+        return Path(os.path.relpath(name, self.path.parent)).as_posix() if os.path.isabs(name) else name
+
+    @property
     def seconds(self) -> float | None:
         """Of training, as measured."""
         return _amount(self.facts.get("time"))
@@ -88,7 +94,7 @@ class Entry:
     def to_json(self) -> dict[str, Any]:
         measured = {"seconds": self.seconds, "memory_gib": self.memory_gib, "result": self.facts.get("result")}
         return {
-            "name": self.name, "method": self.method, "model": self.loaded.recipe.model.name_or_path, "hardware": self.facts["hardware"],
+            "name": self.name, "method": self.method, "model": self.model, "hardware": self.facts["hardware"],
             "measured": measured if self.seconds is not None else None, "estimated_memory_gib": self.estimated_gib,
             "about": self.about, "path": str(self.path),
         }  # fmt: skip

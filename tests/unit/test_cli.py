@@ -190,8 +190,8 @@ def test_a_run_folder_that_cannot_be_written(command, recipe_of, tmp_path, where
 def test_an_unknown_tracker(recipe_of, tmp_path):
     path = recipe_of(logging={"report_to": "tensorbord"})
     done = finetune("run", str(path), cwd=tmp_path)
-    assert done.returncode == 4, done.stderr
-    assert "'tensorbord' is not a tracker" in done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "unknown tracker 'tensorbord'; did you mean tensorboard?" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -386,10 +386,18 @@ def test_init_of_what_is_no_method(command, tmp_path):
     assert not (tmp_path / "recipe.yaml").exists()
 
 
+def test_init_of_a_recipe_that_comes_along_can_be_checked_at_once(command):
+    code, out, _ = command("init", "quickstart")
+    assert code == 0
+    assert "finetune run recipes/quickstart.yaml" in out
+    assert command("validate", "recipes/quickstart.yaml", "--fast")[0] == 0
+    fails(command("init", "quickstart"), 2, "recipes/quickstart.yaml exists")
+
+
 def test_lists(command):
     code, out, _ = command("recipes")
     assert code == 0
-    assert "quickstart.yaml" in out
+    assert "quickstart" in out
     assert "yaml-language-server" not in out
     code, out, _ = command("methods")
     assert code == 0
@@ -422,6 +430,7 @@ def test_schema_is_a_schema(command):
         ["plan", "{}"],
         ["methods"],
         ["recipes"],
+        ["init", "quickstart", "-o", "r/q.yaml"],
         ["schema"],
         ["explain"],
     ],

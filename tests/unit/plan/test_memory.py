@@ -95,7 +95,7 @@ def test_the_parts_of_an_8b_model():
 def test_it_says_where_it_fits():
     assert 24 in memory.fits(memory.estimate(llama_8b()).gib)
     assert memory.fits(memory.estimate(llama_8b(quantization=Quantization(load_in_4bit=True))).gib)[0] == 12
-    assert memory.fits(memory.estimate(llama_8b(lora=None)).gib)[0] == 141
+    assert memory.fits(memory.estimate(llama_8b(lora=None)).gib)[0] == 180  # casts of a whole forward beside it all
     assert memory.fits(1000.0) == []
 
 
