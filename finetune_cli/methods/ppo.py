@@ -126,7 +126,7 @@ class Ppo(Online):
 
     summary: ClassVar = "proximal policy optimisation: answers of its own, worth what a model or a function says"
     roles: ClassVar = ("policy", "reference", "value", "reward")
-    lora_rates: ClassVar = LearningRates(default=1e-5, low=1e-6, high=3e-4)
+    lora_rates: ClassVar = LearningRates(default=1e-5, low=1e-6, high=5e-5)
     full_rates: ClassVar = LearningRates(default=1e-6, low=1e-7, high=1e-5)
 
     @property

@@ -18,7 +18,7 @@ SHARE_OF_E = """
 def share_of_digits(prompts, responses, rows):
     return [sum(c in "0123456789 " for c in response) / max(1, len(response)) for response in responses]
 """
-PLAIN = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "learning_rate": 1e-3, "max_steps": 2}
+PLAIN = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "learning_rate": 5e-4, "max_steps": 2}
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_before_the_first_update_nothing_has_changed(ppo, job_of):
     assert line["completions/mean_length"] <= 6
     assert 0 <= line["completions/clipped_ratio"] <= 1
     assert not [e for e in events if e["event"] == "health" and e["rule"] == "first_ratio"]
-    _, _, events, _ = run(job_of, ppo(lora={"lora_dropout": 0.3}, train={"max_steps": 3, "learning_rate": 2e-3}))
+    _, _, events, _ = run(job_of, ppo(lora={"lora_dropout": 0.3}, train={"max_steps": 3, "learning_rate": 5e-4}))
     (found,) = [e for e in events if e["event"] == "health" and e["rule"] == "first_ratio"]
     assert "lora.lora_dropout: 0" in found["message"]
 
@@ -175,7 +175,7 @@ def test_all_weights_are_trained_where_there_is_no_adapter(ppo, job_of):
 
 
 def test_the_reference_of_an_adapter_is_where_it_started(ppo, job_of):
-    first, _, _, _ = run(job_of, ppo(train={"max_steps": 2, "learning_rate": 1e-3}))
+    first, _, _, _ = run(job_of, ppo(train={"max_steps": 2, "learning_rate": 5e-4}))
     path = ppo(
         lora=None,
         model={"name_or_path": str(first.plan.run / "checkpoint-2")},
@@ -193,7 +193,7 @@ def test_the_reference_of_an_adapter_is_where_it_started(ppo, job_of):
 
 
 def test_target_kl_ends_the_passes(ppo, job_of):
-    path = ppo(method={"num_ppo_epochs": 4, "target_kl": 1e-12}, train={"learning_rate": 1e-3})
+    path = ppo(method={"num_ppo_epochs": 4, "target_kl": 1e-12}, train={"learning_rate": 5e-4})
     job, _ = job_of(path)
     sums = Sums()
     _, counts, _ = optimiser_step(job, 0, measure=False, sums=sums)
