@@ -592,12 +592,15 @@ WORKERS: dict[str, Callable[[Settings, Pipe], None]] = {"ours": ours, "trl": trl
 class Worker:
     """The parent's end of one process. What the process prints is kept for the case that it fails."""
 
-    def __init__(self, name: str, settings: Settings, *, work: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, settings: Any, *, work: Path, env: Mapping[str, str], script: Path = Path(__file__)
+    ) -> None:
+        """`settings`: a dataclass that `script --worker name` reads."""
         self.name = name
         self._log = work / f"{name}.log"
         told = work / f"{name}.json"
         told.write_text(json.dumps(asdict(settings)), encoding="utf-8")
-        argv = [sys.executable, str(Path(__file__).resolve()), "--worker", name, str(told)]
+        argv = [sys.executable, str(script.resolve()), "--worker", name, str(told)]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env={**env}, text=True

@@ -29,8 +29,7 @@ def evaluate(job: "Job", step: int, *, final: bool) -> dict[str, float]:
         if job.metric is not None and eval_set.prompts and job.experience is None:
             numbers |= generated(job, eval_set, step, samples)
     if job.metric is None and not samples:
-        own = job.experience.samples(step) if job.experience is not None else []
-        samples += own or sample(job, step)
+        samples += sample(job, step) if job.experience is None else job.experience.samples(step)
     if numbers:
         job.emit(job.event("eval", step, **numbers))
     for event in samples:

@@ -50,8 +50,6 @@ class Experience:
     data: Mapping[str, Mapping[int, Mapping[str, Any]]]
     """The rows as they are in the files, by set ("train" or the name of an evaluation set) and source."""
     sources: list[Source] = field(default_factory=list)
-    shown: list[tuple[Row, str, float]] = field(default_factory=list)
-    """The first answers of the last step, and what they are worth."""
     told: bool = False
     """Whether it has been said why the first ratio is not 1."""
 
@@ -146,9 +144,6 @@ class Experience:
         credit = self.method.credit(rollout, self.total)
         sums.add(credit.metrics)
         sums.add(self.about(rows, scores, ended))
-        firsts = zip(rows, rollout.score_R[::group].tolist(), strict=True)
-        few = list(firsts)[: self.job.recipe.eval.sample_prompts]
-        self.shown = [(row, self.text(row.branches[0].ids), first) for row, first in few]
         worth = iter(worth_of(credit, lengths))
         return [[with_numbers(row, worth) for row in some] for some in forwards]
 
@@ -240,38 +235,52 @@ class Experience:
         self.scores([answered(row, [ids]) for row, ids in zip(rows, drawn, strict=True) if ids], "train")
 
     def evaluate(self, eval_set: "EvalSet", step: int, samples: list[dict[str, Any]]) -> dict[str, float]:
-        """What greedy answers to a set are worth, and the recipe's metric of them; collective."""
+        """What answers to a set are worth, drawn as in training and always by the same seed; and the recipe's metric of
+        greedy ones. Collective."""
         job = self.job
         rows = eval_set.rows[: job.recipe.eval.metric_rows]
-        shares = job.gather(self.judged(rows[job.rank :: job.world], eval_set.name))
-        found = [shares[i % job.world][i // job.world] for i in range(len(rows))]
+        found = self.spread(rows, eval_set.name, temperature=job.recipe.generation.temperature)
         known = {prompt.source: prompt for prompt in eval_set.prompts}
         asked = [known.get(row.source) or self.as_prompt(row) for row in rows]
-        for prompt, each in list(zip(asked, found, strict=True))[: job.recipe.eval.sample_prompts]:
-            samples.append({**sample_event(job, step, eval_set.name, prompt, each.text), "reward": each.worth})
         numbers = {
             "objective/scores": sum(each.worth for each in found) / len(found),
             "completions/mean_length": sum(each.length for each in found) / len(found),
         }
         if job.metric is not None:
+            found = self.spread(rows, eval_set.name, temperature=0.0)
             marks = metrics.judge(*job.metric, [each.text for each in found], [prompt.answer for prompt in asked])
             numbers[job.metric[0]] = sum(marks) / len(marks)
+        samples += self.told_of(step, eval_set.name, asked, found)
         return {f"{eval_set.prefix}{key}": value for key, value in numbers.items()}
 
     def samples(self, step: int) -> list[dict[str, Any]]:
-        """Answers of the last step, to be read."""
+        """Answers to the first training rows, to be read. Collective."""
+        job = self.job
+        rows = [row for unit in job.units[: job.recipe.eval.sample_prompts] for row in unit]
+        found = self.spread(rows, "train", temperature=job.recipe.generation.temperature)
+        return self.told_of(step, "", [self.as_prompt(row) for row in rows], found)
+
+    def told_of(self, step: int, name: str, asked: list[Prompt], found: list["Judged"]) -> list[dict[str, Any]]:
+        few = list(zip(asked, found, strict=True))[: self.job.recipe.eval.sample_prompts]
         return [
-            {**sample_event(self.job, step, "", self.as_prompt(row), text), "reward": worth}
-            for row, text, worth in self.shown
+            {**sample_event(self.job, step, name, prompt, each.text), "reward": each.worth} for prompt, each in few
         ]
+
+    def spread(self, rows: list[Row], of: str, *, temperature: float) -> list["Judged"]:
+        """Answers to rows of a set and what they are worth, each process answering its share. Collective."""
+        job = self.job
+        shares = job.gather(self.judged(rows[job.rank :: job.world], of, temperature=temperature))
+        return [shares[i % job.world][i // job.world] for i in range(len(rows))]
 
     def as_prompt(self, row: Row) -> Prompt:
         return Prompt(row.prefix, self.job.tokenizer.decode(row.prefix), "", row.source)
 
-    def judged(self, rows: list[Row], of: str) -> list["Judged"]:
-        """Greedy answers to rows of a set, and what they are worth."""
+    def judged(self, rows: list[Row], of: str, *, temperature: float) -> list["Judged"]:
+        """Answers to rows of a set, and what they are worth. The seed is always the same, so that two evaluations
+        differ by what was learned between them."""
         self.actor.switch(POLICY)
-        drawn = self.generator([row.prefix for row in rows], temperature=0.0, seed=0)
+        seed = random.Random(f"evaluation {self.job.recipe.seed} {self.job.rank}").getrandbits(32)
+        drawn = self.generator([row.prefix for row in rows], temperature=temperature, seed=seed)
         unless_stopping(self.job)
         scores = self.scores([answered(row, [ids]) for row, ids in zip(rows, drawn, strict=True)], of)
         texts = [self.text(ids) for ids in drawn]

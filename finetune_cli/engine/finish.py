@@ -79,6 +79,8 @@ def make_report(job: Job, progress: Progress, step: int) -> dict[str, Any]:
 def estimated(job: Job) -> Estimate | None:
     """What one process was expected to need for its largest forward; None where the configuration says too little."""
     fullest = max(job.own_batches(), key=lambda rows: sum(row.length for row in rows))
+    if job.experience is not None:
+        fullest = job.experience.imagined(fullest)
     found = setup(job.plan, extent(fullest, padded=job.padded_because is not None))
     return estimate(found) if found is not None else None
 

@@ -30,21 +30,26 @@ def answers(
     The draw depends on `seed` alone and leaves the run's own random state as it was. Where `stop` says so, what is
     answered so far comes back, the rest empty.
     """
+    from transformers import GenerationConfig
+
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     texts = [""] * len(prompts)
     training, use_cache = model.training, model.config.use_cache
     model.eval()
     model.config.use_cache = True
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0] if stop_ids else 0
+    ends = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": list(stop_ids) or None}
+    config = GenerationConfig(**ends, **drawn)
     with torch.random.fork_rng(devices=_cuda()), half_copies(model), whole_states(model):
         torch.manual_seed(seed)
         for start in range(0, len(order), BATCH):
             if stop():
                 break
             some = order[start : start + BATCH]
-            found = _batch(model, tokenizer, [prompts[i].ids for i in some], stop_ids, max_new_tokens, drawn, stop)
+            found = continued(model, [prompts[i].ids for i in some], config, stop)
             for i, ids in zip(some, found, strict=True):
-                texts[i] = tokenizer.decode(ids, skip_special_tokens=False)
+                texts[i] = tokenizer.decode(_until_stop(ids, stop_ids), skip_special_tokens=False)
     model.config.use_cache = use_cache
     model.train(training)
     return texts
@@ -82,27 +87,18 @@ def _cuda() -> list[int]:
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
-def _batch(
-    model: Any,
-    tokenizer: Any,
-    prompts: list[list[int]],
-    stop_ids: Sequence[int],
-    limit: int,
-    drawn: dict[str, Any],
-    stop: Callable[[], bool],
-) -> list[list[int]]:
-    """Left-padded, so that every answer starts at the same place; pads are masked by length."""
-    from transformers import GenerationConfig, StoppingCriteriaList
+def continued(model: Any, prompts: Sequence[list[int]], config: Any, stop: Callable[[], bool]) -> list[list[int]]:
+    """What `generate` writes behind each prompt under a GenerationConfig, pads included. Left-padded, so that every
+    answer starts at the same place; pads are masked by length."""
+    from transformers import StoppingCriteriaList
 
-    width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0] if stop_ids else 0
+    width, pad = max(map(len, prompts)), config.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    config = GenerationConfig(max_new_tokens=limit, pad_token_id=pad, eos_token_id=list(stop_ids) or None, **drawn)
     asked = StoppingCriteriaList([lambda ids, *_, **__: torch.full((len(ids),), stop(), device=ids.device)])
     given = {"input_ids": ids, "attention_mask": mask, "generation_config": config, "stopping_criteria": asked}
-    out = model.generate(**given)[:, width:].tolist()
-    return [_until_stop(answer, stop_ids) for answer in out]
+    found: list[list[int]] = model.generate(**given)[:, width:].tolist()
+    return found
 
 
 def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from finetune_cli.engine.generate import half_copies
+from finetune_cli.engine.generate import continued, half_copies, whole_states
 
 AT_ONCE = 64
 """Answers drawn together, of prompts of alike length; memory is bound by the cache of their keys and values."""
@@ -37,36 +37,34 @@ class Local:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         found: list[list[int]] = [[] for _ in prompts]
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices), ready(self.model), half_copies(self.model):
+        config = self.config(temperature)
+        with (
+            torch.random.fork_rng(devices=devices),
+            ready(self.model),
+            half_copies(self.model),
+            whole_states(self.model),
+        ):
             torch.manual_seed(seed)
             for start in range(0, len(order), AT_ONCE):
                 some = order[start : start + AT_ONCE]
                 if self.stop():
                     break
-                drawn = self.draw([prompts[i] for i in some], temperature)
+                drawn = continued(self.model, [prompts[i] for i in some], config, self.stop)
                 for i, ids in zip(some, drawn, strict=True):
                     found[i] = through_stop(ids, self.stop_ids)
         return found
 
-    def draw(self, prompts: list[list[int]], temperature: float) -> list[list[int]]:
-        """Left-padded, so that every answer starts at the same place; pads are masked by length."""
-        from transformers import GenerationConfig, StoppingCriteriaList
+    def config(self, temperature: float) -> Any:
+        from transformers import GenerationConfig
 
-        width, device = max(map(len, prompts)), self.model.device
-        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         # top_k has a default of 50: what is drawn would not be what the log-probabilities are of
         whole = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        config = GenerationConfig(
+        return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             pad_token_id=self.pad_id,
             eos_token_id=list(self.stop_ids) or None,
             **(whole if temperature > 0 else {"do_sample": False}),
         )
-        asked = StoppingCriteriaList([lambda ids, *_, **__: torch.full((len(ids),), self.stop(), device=ids.device)])
-        out = self.model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=asked)
-        answers: list[list[int]] = out[:, width:].tolist()
-        return answers
 
 
 @contextmanager

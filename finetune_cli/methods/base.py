@@ -144,6 +144,11 @@ class Method(Spec):
         """Tokens of one row of the data; more than one where the template rewrites history. Pure, no torch."""
 
     @property
+    def answers(self) -> int:
+        """Answers that it draws for each prompt; 0 where it draws none."""
+        return 0
+
+    @property
     def parts(self) -> int:
         """Optimiser updates that the rows of a step are split into."""
         return 1

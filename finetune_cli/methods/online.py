@@ -89,6 +89,10 @@ class Online(Method):
         return self
 
     @property
+    def answers(self) -> int:
+        return self.num_generations
+
+    @property
     def epochs(self) -> int:
         """Times that the answers of a step are learned from."""
         return 1

@@ -7,6 +7,7 @@ What is kept is that of our own layout: rows end to end, an adapter's layer keep
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from finetune_cli.plan.shape import Linear, Shape
 from finetune_cli.recipe.sections import Lora, Quantization
@@ -68,6 +69,16 @@ class Estimate(Spec):
         return self.peak / GIB
 
 
+class Drawn(NamedTuple):
+    """Answers drawn together."""
+
+    answers: int
+    prompt: int
+    """Tokens, at most."""
+    new: int
+    """Tokens of an answer, at most."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """Everything of a plan that memory depends on."""
@@ -91,6 +102,8 @@ class Setup:
     second: str | None
     """start | model: a reference of its own is held."""
     attention: str = "sdpa"
+    drawn: Drawn | None = None
+    """Answers that a method draws itself; it then has a critic beside its policy."""
 
     @property
     def full(self) -> bool:
@@ -153,7 +166,11 @@ def head_adapter(s: Setup) -> int:
 
 
 def trained_weights(s: Setup) -> int:
-    """In float32, with a gradient and a state."""
+    """In float32, with a gradient and a state. A critic is as large as the policy, with a head of its own."""
+    return policy_weights(s) + (policy_weights(s) + s.shape.hidden + 1 if s.drawn is not None else 0)
+
+
+def policy_weights(s: Setup) -> int:
     if s.lora is None:
         return s.shape.weights - (s.shape.head if s.labels else 0) + s.shape.hidden * (s.labels or 0)
     saved = s.lora.modules_to_save or []
@@ -179,7 +196,7 @@ def reference_bytes(s: Setup) -> float:
     """A second model, or a second copy of what is trained."""
     if s.second == "model":
         return float(s.frozen * s.shape.weights)
-    return float(WIDE * trained_weights(s)) if s.second == "start" else 0.0
+    return float(WIDE * policy_weights(s)) if s.second == "start" else 0.0
 
 
 def state_bytes(optim: str, weights: float) -> float:
@@ -249,3 +266,16 @@ def passing(s: Setup) -> float:
         written = max(linear.weights for linear in shape.linears()) * s.compute
     inner = 2 * t * s.compute * shape.inner * shape.active
     return inner + t * shape.hidden * (s.residual + s.compute) + written
+
+
+def drawing(s: Setup) -> float:
+    """Bytes while answers are drawn: keys and values of all layers, the prompts in one layer, the last logits, and the
+    adapters in the format of products."""
+    if s.drawn is None:
+        return 0.0
+    shape, n = s.shape, s.drawn.answers
+    c = WIDE if s.full else s.frozen
+    cache = 2 * c * shape.layers * shape.keys * n * (s.drawn.prompt + s.drawn.new)
+    prompts = c * n * s.drawn.prompt * (2 * shape.hidden + 3 * shape.inner * shape.active)
+    copies = 0 if s.full else c * policy_weights(s)
+    return cache + max(prompts, n * shape.vocabulary * (c + 3 * WIDE)) + copies

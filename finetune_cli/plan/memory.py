@@ -12,10 +12,12 @@ from finetune_cli.plan.footprint import (
     BYTES,
     GIB,
     WIDE,
+    Drawn,
     Estimate,
     Line,
     Rows,
     Setup,
+    drawing,
     frozen_bytes,
     head_adapter,
     kept_by_layer,
@@ -70,11 +72,11 @@ def head_room(s: Setup) -> HeadRoom:
 
 def estimate(s: Setup) -> Estimate:
     """Of one process. The moments: the head's forward, the head's backward, the last layer's backward (the first to
-    run), the first layer's backward, the optimiser's step."""
+    run), the first layer's backward, the optimiser's step; of a method that draws answers, that too."""
     shape, t = s.shape, s.rows.tokens
     trained, share = trained_weights(s), s.processes if s.sharded else 1
     gradients = WIDE * trained / share * (1 + (s.processes > 1 and not s.sharded))
-    there = gradients if s.accumulates else 0.0
+    there = gradients if s.accumulates else gradients / 2 if s.drawn is not None else 0.0  # the policy's, then
     layer = kept_by_layer(s)
     between = t * s.residual * shape.hidden
     every = shape.layers * (between if s.checkpointing else layer) + t * WIDE * shape.hidden + between
@@ -92,6 +94,7 @@ def estimate(s: Setup) -> Estimate:
         "the first layer's backward": (again or layer, passing(s), gradients),
         "the embedding's backward": (0.0, embedding, gradients - (WIDE * shape.embedding if s.full else 0)),
         "the optimiser's step": (0.0, 0.0, gradients),
+        "the drawing of answers": (0.0, drawing(s), 0.0),
     }
     moment, (kept, scratch, grads) = max(moments.items(), key=lambda pair: sum(pair[1]))
     state = state_bytes(s.optim, trained) / share
@@ -127,9 +130,31 @@ def batch_of(plan: Plan) -> int:
 def longest(plan: Plan) -> Rows:
     """The rows of a forward that fills `data.max_length` everywhere, each token a target: no forward needs more."""
     method, length = plan.recipe.method, plan.recipe.data.max_length
+    if method.answers:
+        new, prompts = plan.recipe.generation.max_new_tokens, batch_of(plan)
+        return Rows(segments=answered(length, new, method.answers) * prompts, targets=method.answers * new * prompts)
     branches = 1 if method.bin_tokens(length) is not None else method.branches
     segments = [(length, 0)] * (batch_of(plan) * branches)
     return Rows(segments=segments, targets=sum(own for own, _ in segments))
+
+
+def answered(prompt: int, new: int, answers: int) -> list[tuple[int, int]]:
+    """Segments of a prompt with its answers."""
+    return [(prompt + new, 0)] if answers == 1 else [(prompt, 0), *[(new, prompt)] * answers]
+
+
+DRAWN_AT_ONCE = 64
+"""Of `engine/rollout.py`."""
+
+
+def drawn(plan: Plan) -> Drawn | None:
+    """The most answers that a process draws together, in a step or in an evaluation."""
+    recipe, resolved = plan.recipe, plan.resolved
+    if not recipe.method.answers:
+        return None
+    step = recipe.method.answers * resolved.global_batch_size // resolved.num_processes
+    tried = 0 if recipe.eval.eval_strategy == "no" else recipe.eval.metric_rows
+    return Drawn(min(DRAWN_AT_ONCE, max(step, tried)), recipe.data.max_length, recipe.generation.max_new_tokens)
 
 
 def extent(rows: Sequence[Row], *, padded: bool) -> Rows:
@@ -171,7 +196,7 @@ def setup(plan: Plan, rows: Rows | None = None) -> Setup | None:
         frozen=BYTES[resolved.dtype], compute=BYTES[resolved.precision], optim=recipe.train.optim,
         checkpointing=resolved.gradient_checkpointing, accumulates=resolved.gradient_accumulation_steps > 1,
         processes=resolved.num_processes, sharded=resolved.strategy != "ddp", labels=recipe.method.labels(),
-        second=second, attention=resolved.attn_implementation,
+        second=second, attention=resolved.attn_implementation, drawn=drawn(plan),
     )  # fmt: skip
 
 

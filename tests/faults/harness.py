@@ -131,6 +131,15 @@ def child(argv: list[str], run: str, fault: Fault, environment: dict[str, str], 
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a method is tried on."""
+
+    rows: Callable[..., list[dict[str, Any]]]
+    learning_rate: float
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+
 class Training:
     """A recipe in a folder, how it ends undisturbed, and runs of it that are disturbed."""
 
@@ -145,17 +154,17 @@ class Training:
             "TOKENIZERS_PARALLELISM": "false",
         }
         model_folder(folder / "model")
-        rows = pairs if method != "sft" else questions
-        write_rows(folder / "train.jsonl", rows(22))
-        write_rows(folder / "eval.jsonl", rows(4, first=50))
-        knobs = {"neftune_noise_alpha": 5, "packing": True} if method == "sft" else {}
+        kind = KINDS.get(method, PAIRS)
+        write_rows(folder / "train.jsonl", kind.rows(22))
+        write_rows(folder / "eval.jsonl", kind.rows(4, first=50))
+        (folder / "reward.py").write_text(REWARD)
         self.recipe = write_recipe(
             folder / "recipe.yaml",
-            method={"name": method, **knobs},
+            method={"name": method, **kind.knobs},
             model={"name_or_path": str(folder / "model")},
             data={"train": str(folder / "train.jsonl"), "eval_sets": str(folder / "eval.jsonl"), "max_length": 64},
             lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
-            train={"max_steps": 9, "learning_rate": 1e-4 if method == "sft" else 2e-5},
+            train={"max_steps": 9, "learning_rate": kind.learning_rate},
             eval={"eval_steps": 3, "sample_prompts": 1},
             save={"save_steps": 2, "save_total_limit": 2},
             logging={"logging_steps": 2, "report_to": "tensorboard"},
@@ -224,6 +233,19 @@ def pairs(count: int, *, first: int = 0) -> list[dict[str, Any]]:
         }
         for i in range(first, first + count)
     ]
+
+
+REWARD = """
+def score(prompts, responses, rows):
+    return [len(set(response)) / 10 for response in responses]
+"""
+PAIRS = Kind(pairs, 2e-5)
+KINDS = {
+    "sft": Kind(questions, 1e-4, {"neftune_noise_alpha": 5, "packing": True}),
+    "ppo": Kind(
+        questions, 5e-5, {"reward": "reward.py:score", "num_generations": 2, "num_ppo_epochs": 2, "num_mini_batches": 2}
+    ),
+}
 
 
 def result(run: Path) -> dict[str, Any]:
