@@ -262,9 +262,7 @@ class Experience:
 
     def told_of(self, step: int, name: str, asked: list[Prompt], found: list["Judged"]) -> list[dict[str, Any]]:
         few = list(zip(asked, found, strict=True))[: self.job.recipe.eval.sample_prompts]
-        return [
-            {**sample_event(self.job, step, name, prompt, each.text), "reward": each.worth} for prompt, each in few
-        ]
+        return [{**sample_event(self.job, step, name, prompt, each.text), "reward": each.worth} for prompt, each in few]
 
     def spread(self, rows: list[Row], of: str, *, temperature: float) -> list["Judged"]:
         """Answers to rows of a set and what they are worth, each process answering its share. Collective."""

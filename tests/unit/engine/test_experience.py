@@ -8,6 +8,7 @@ import torch
 
 from finetune_cli.engine import rewards
 from finetune_cli.engine.actor import CRITIC, POLICY
+from finetune_cli.engine.evaluate import evaluate
 from finetune_cli.engine.loop import optimiser_step, train
 from finetune_cli.engine.rollout import through_stop, without_stop
 from finetune_cli.engine.update import Sums
@@ -282,3 +283,41 @@ def test_evaluation_says_what_answers_are_worth(ppo, job_of):
     assert "eval_exact_match" in evals[0]
     samples = [e for e in events if e["event"] == "sample" and e["step"] == 0]
     assert {"prompt", "answer", "reward"} <= set(samples[0])
+
+
+def test_samples_are_judged_and_the_same_after_a_resume(ppo, job_of):
+    """Without evaluation rows the first training rows are answered, before training and after."""
+    path = ppo(
+        train={"max_steps": 4},
+        eval={"eval_strategy": "steps", "eval_steps": 2, "sample_prompts": 2},
+        save={"save_steps": 2, "save_total_limit": None},
+        generation={"max_new_tokens": 6, "temperature": 1.0},
+    )
+    whole, _, events, _ = run(job_of, path)
+    samples = [e for e in events if e["event"] == "sample"]
+    assert [e["step"] for e in samples] == [0, 0, 2, 2, 4, 4]
+    assert [e["row"] for e in samples] == [0, 1] * 3
+    for e in samples:
+        digits = sum(c in "0123456789 " for c in e["answer"]) / max(1, len(e["answer"]))
+        assert e["reward"] == pytest.approx(digits)
+    again = []
+    job, progress = job_of(path, resume=whole.plan.run / "checkpoint-2", sink=again.append)
+    progress.looked = False  # the evaluation after the step was cut off
+    train(job, progress)
+    assert [e for e in again if e["event"] == "sample"] == samples[2:]
+
+
+def test_rewards_are_of_drawn_answers_and_metrics_of_greedy_ones(ppo, job_of, monkeypatch):
+    path = ppo(data={"eval_split": 0.25}, eval={"eval_strategy": "steps", "metric": "exact_match"})
+    job, _ = job_of(path)
+    asked, draw = [], type(job.experience.generator).__call__
+
+    def watched(self, prompts, *, temperature, seed):
+        asked.append((len(prompts), temperature, seed))
+        return draw(self, prompts, temperature=temperature, seed=seed)
+
+    monkeypatch.setattr(type(job.experience.generator), "__call__", watched)
+    first = evaluate(job, 0, final=False)
+    assert evaluate(job, 5, final=False) == first  # by the same draw, however late
+    assert [(count, temperature) for count, temperature, _ in asked] == [(3, 1.0), (3, 0.0)] * 2
+    assert set(first) == {"eval_objective/scores", "eval_completions/mean_length", "eval_exact_match"}

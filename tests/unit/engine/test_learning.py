@@ -1,4 +1,6 @@
-"""A policy learns what a function likes, from chance to nearly always."""
+"""A policy learns what a function likes, from chance to nearly always. LEARNING_SEEDS: on how many seeds."""
+
+import os
 
 import pytest
 
@@ -11,18 +13,18 @@ def digits(prompts, responses, rows):
 """
 
 
-@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("seed", range(1, 1 + int(os.environ.get("LEARNING_SEEDS", "1"))))
 def test_a_random_model_learns_to_say_digits(recipe_of, job_of, tmp_path, seed):
-    """The mean reward of all answers of a step. At temperature 1 a model whose logits are this small cannot be sure of
-    anything."""
+    """The mean reward of the 64 answers of a step. At temperature 1 a model whose logits are this small cannot be sure
+    of anything."""
     (tmp_path / "reward.py").write_text(DIGITS)
     path = recipe_of(
         rows=[{"prompt": row["messages"][:1]} for row in questions(12)],
         method={"name": "ppo", "reward": "reward.py:digits", "num_generations": 8, "kl_coef": 0.0},
         seed=seed,
-        lora={"r": 8, "lora_alpha": 128},
+        lora={"r": 8, "lora_alpha": 256},
         train={
-            "max_steps": 30,
+            "max_steps": 70,
             "learning_rate": 5e-4,
             "lr_scheduler_type": "constant",
             "per_device_train_batch_size": 8,
@@ -35,5 +37,5 @@ def test_a_random_model_learns_to_say_digits(recipe_of, job_of, tmp_path, seed):
     job, progress = job_of(path, sink=events.append)
     train(job, progress)
     scores = [event["objective/scores"] for event in events if event["event"] == "train"]
-    assert scores[0] < 0.2
+    assert scores[0] < 0.1
     assert scores[-1] > 0.9, scores

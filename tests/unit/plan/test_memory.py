@@ -148,6 +148,34 @@ def test_the_estimate_is_within_15_percent_of_the_live_bytes(case, recipe_of, jo
     assert found.peak == pytest.approx(live.peak, rel=0.15), found
 
 
+@pytest.mark.parametrize("lora", [{"r": 4, "lora_alpha": 8}, None], ids=["lora", "full"])
+def test_so_is_that_of_a_method_with_a_critic_and_answers_of_its_own(lora, recipe_of, job_of, tmp_path):
+    sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 6}
+    model = model_folder(tmp_path / "model", **sizes)
+    (tmp_path / "r.py").write_text("def f(prompts, responses, rows):\n    return [1.0] * len(responses)\n")
+    path = recipe_of(
+        rows=[{"prompt": "What is two plus two? " * 4}] * 4,
+        method={"name": "ppo", "reward": "r.py:f", "num_generations": 3, "stop_token": "<|User|>"},
+        model={"name_or_path": str(model)},
+        data={"max_length": 64},
+        lora=lora,
+        train={"learning_rate": "auto", "max_steps": 2, "per_device_train_batch_size": 4},
+        generation={"max_new_tokens": 40, "temperature": 1.0},
+        eval={"eval_strategy": "no"},
+    )
+    job, _ = job_of(path)
+    job.policy.train()
+    live = script.Live()
+    live.adopt(job)
+    with live:
+        for step in range(2):
+            loop.optimiser_step(job, step, measure=True, sums=loop.Sums())
+    found = finish.estimated(job)
+    assert found is not None
+    assert found.rows.targets == 4 * 3 * 40
+    assert found.peak == pytest.approx(live.peak, rel=0.15), found
+
+
 def test_the_plan_tells_it_without_torch(recipe_of, tmp_path):
     path = recipe_of()
     code = (
