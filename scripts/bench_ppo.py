@@ -257,7 +257,7 @@ def trainer(settings: Settings, callback: Any) -> Any:
     return made
 
 
-WORKERS: dict[str, Callable[[Settings, Pipe], None]] = {"make": make, "ours": ours, "trl": trl}
+WORKERS: dict[str, Callable[[Any, Pipe], None]] = {"make": make, "ours": ours, "trl": trl, "locate": bench.locate}
 
 
 # ── the parent ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -340,8 +340,7 @@ def measured(asked: argparse.Namespace, work: Path) -> Record:
         "rows": str(rows), "steps": steps, "batch": asked.batch, "new_tokens": asked.new_tokens, "precision": "bf16",
         "folder": str(work), "stop_token": asked.stop_token,
     }  # fmt: skip
-    folder = bench.model_folder(asked.model, Settings(model=asked.model, **told), work=work)  # type: ignore[arg-type]
-    settings = Settings(model=folder, **told)
+    settings = Settings(model=model_folder(asked.model, told, work), **told)
     started, rounds = compare(settings, work=work, trl_folder=asked.trl)
     kept = {key: value for key, value in asdict(settings).items() if key not in ("folder", "rows", "model")}
     return {
@@ -355,6 +354,15 @@ def measured(asked: argparse.Namespace, work: Path) -> Record:
         "ready": started,
         "rounds": rounds,
     }
+
+
+def model_folder(name: str, told: Record, work: Path) -> str:
+    """The folder of a model. Raises ModelError where there is none."""
+    settings: Any = Settings(model=name, **told)
+    if not name.startswith("builtin:"):
+        return bench.model_folder(name, settings, work=work)
+    with Worker("locate", settings, work=work, env=os.environ, script=Path(__file__)) as worker:
+        return str(worker.report()["folder"])
 
 
 def version_in(folder: Path | None) -> str | None:

@@ -281,8 +281,10 @@ class Experience:
         drawn = self.generator([row.prefix for row in rows], temperature=temperature, seed=seed)
         unless_stopping(self.job)
         scores = self.scores([answered(row, [ids]) for row, ids in zip(rows, drawn, strict=True)], of)
-        texts = [self.text(ids) for ids in drawn]
-        return [Judged(*each) for each in zip(texts, map(len, drawn), self.summed(scores), strict=True)]
+        return [
+            Judged(self.text(ids), len(ids), self.method.paid(score, ended=ids[-1] in self.stop_ids))
+            for ids, score in zip(drawn, self.summed(scores), strict=True)
+        ]
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,10 @@ class Online(Method):
     def answers(self) -> int:
         return self.num_generations
 
+    def paid(self, score: Any, *, ended: Any) -> Any:
+        """What an answer's score is after the penalty for one that was cut; numbers, or tensors of them."""
+        return score - (self.missing_eos_penalty or 0.0) * (1 - ended)
+
     @property
     def epochs(self) -> int:
         """Times that the answers of a step are learned from."""

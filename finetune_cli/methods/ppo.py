@@ -142,7 +142,7 @@ class Ppo(Online):
 
     def credit(self, x: Rollout, total: Total) -> Credit:
         kl_RT = divergence(x.logps_RT, x.ref_logps_RT, self.kl_estimator) * x.mask_RT
-        score_R = x.score_R - (self.missing_eos_penalty or 0.0) * (1 - x.ended_R)
+        score_R = self.paid(x.score_R, ended=x.ended_R)
         reward_RT = token_rewards(kl_RT, score_R, x.mask_RT, self.kl_coef)
         if self.whiten_rewards:
             reward_RT = whiten(reward_RT, x.mask_RT, total, shift=False)

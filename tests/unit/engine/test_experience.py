@@ -173,6 +173,8 @@ def test_all_weights_are_trained_where_there_is_no_adapter(ppo, job_of):
     assert any(name.startswith("critic.") and (after[name] != before[name]).any() for name in after)
     assert any(name.startswith("model.") and (after[name] != before[name]).any() for name in after)
     assert not (job.plan.run / "checkpoint-3" / "adapter_config.json").exists()
+    other, _, _, _ = run(job_of, path, "train.gradient_checkpointing=true", f"output_dir={job.plan.run}-again")
+    assert far(trained(other), after) < 1e-6
 
 
 def test_the_reference_of_an_adapter_is_where_it_started(ppo, job_of):
@@ -283,6 +285,21 @@ def test_evaluation_says_what_answers_are_worth(ppo, job_of):
     assert "eval_exact_match" in evals[0]
     samples = [e for e in events if e["event"] == "sample" and e["step"] == 0]
     assert {"prompt", "answer", "reward"} <= set(samples[0])
+
+
+def test_an_answer_that_was_cut_pays_for_it_in_evaluations_too(ppo, job_of):
+    """None of the answers of a random model ends: held-out rewards are those of training, the penalty taken off."""
+    path = ppo(
+        method={"missing_eos_penalty": 5.0, "stop_token": "<|User|>"},
+        data={"eval_split": 0.25},
+        eval={"eval_strategy": "steps"},
+    )
+    job, _ = job_of(path)
+    numbers = evaluate(job, 0, final=False)
+    assert -5 <= numbers["eval_objective/scores"] <= -4
+    sums = Sums()
+    list(job.experience.updates(0, sums))
+    assert -5 <= sums.means(job)["objective/scores"] <= -4
 
 
 def test_samples_are_judged_and_the_same_after_a_resume(ppo, job_of):
