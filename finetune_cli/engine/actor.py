@@ -57,7 +57,7 @@ class Actor(Role):
         size = self.stock.config.get_text_config().hidden_size
         device = next(model.parameters()).device
         self.value_head = nn.Linear(size, 1, device=device, dtype=torch.float32)
-        nn.init.zeros_(self.value_head.weight)  # it expects nothing of anyone, whatever is drawn for other weights
+        nn.init.zeros_(self.value_head.weight)  # it expects the same of everyone, whatever is drawn for other weights
         nn.init.zeros_(self.value_head.bias)
         self.score_heads = nn.ModuleDict()
         self._frozen: list[nn.Parameter] = []
@@ -107,6 +107,11 @@ class Actor(Role):
         h_RD = self.states(batch, batch.last_R)
         with torch.autocast(h_RD.device.type, enabled=False):
             return Rewards(self.score_heads[role](h_RD.float()))
+
+    @torch.no_grad()
+    def expect(self, value: float) -> None:
+        """Let the critic expect `value` of every token, beside what it has learned of each."""
+        self.value_head.bias.fill_(value)
 
     def values(self, batch: Batch) -> Tensor:
         if self.critic is None:

@@ -79,7 +79,7 @@ class Experience:
         method, job = self.method, self.job
         parts = [list(self.forwards(step, part)) for part in range(method.parts)]
         answered = self.answer([rows for part in parts for rows in part], step)
-        scored = iter(self.credited(answered, sums))
+        scored = iter(self.credited(answered, sums, first=step == 0))
         window = [[next(scored) for _ in part] for part in parts]
         counts, tokens = self.counts(window)
         for epoch in range(method.epochs):
@@ -128,17 +128,21 @@ class Experience:
         return [replace(row, branches=(answer,) * self.method.num_generations) for row in rows]
 
     @torch.no_grad()
-    def credited(self, forwards: Sequence[list[Row]], sums: Sums) -> list[list[Row]]:
-        """The same rows with what each token is worth."""
+    def credited(self, forwards: Sequence[list[Row]], sums: Sums, *, first: bool = False) -> list[list[Row]]:
+        """The same rows with what each token is worth; `first` of a run, the critic is told the mean of that."""
         rows = [row for some in forwards for row in some]
         scores = self.scores(rows, "train")
         lengths = [len(branch.ids) for row in rows for branch in row.branches]
         ended = [float(branch.ids[-1] in self.stop_ids) for row in rows for branch in row.branches]
+        worth_R, ended_R = torch.tensor(self.summed(scores)), torch.tensor(ended)
+        if first:
+            paid_R = self.method.paid(worth_R, ended=ended_R)
+            total, count = self.job.sum_over_processes(torch.stack([paid_R.sum(), ended_R.new_tensor(len(ended))]))
+            self.actor.expect(total / max(1.0, count))
         logps, ref_logps, values = (
             ragged(self.column(forwards, role), lengths) for role in ("policy", "reference", "value")
         )
         mask = ragged(torch.ones(sum(lengths)), lengths)
-        worth_R, ended_R = torch.tensor(self.summed(scores)), torch.tensor(ended)
         group = self.method.num_generations
         rollout = Rollout(logps, ref_logps, values, mask, worth_R, ended_R, group)
         credit = self.method.credit(rollout, self.total)

@@ -338,3 +338,17 @@ def test_rewards_are_of_drawn_answers_and_metrics_of_greedy_ones(ppo, job_of, mo
     assert evaluate(job, 5, final=False) == first  # by the same draw, however late
     assert [(count, temperature) for count, temperature, _ in asked] == [(3, 1.0), (3, 0.0)] * 2
     assert set(first) == {"eval_objective/scores", "eval_completions/mean_length", "eval_exact_match"}
+
+
+def test_the_critic_starts_from_the_mean_reward(ppo, job_of):
+    """Else each early token of an answer would look worse than each late one, whatever the answer is worth."""
+    job, _ = job_of(ppo(method={"missing_eos_penalty": 0.5}))
+    sums = Sums()
+    (update, *_) = job.experience.updates(0, sums)
+    values = {x for rows in update.forwards for row in rows for b in row.branches for x in b.numbers["values"]}
+    means = sums.means(job)
+    assert values == {pytest.approx(means["objective/scores"])}
+    assert means["val/explained_variance"] == pytest.approx(0.0, abs=1e-4)
+    bias = job.experience.actor.value_head.bias.item()
+    list(job.experience.updates(1, Sums()))
+    assert job.experience.actor.value_head.bias.item() == bias
