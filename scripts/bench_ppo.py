@@ -55,6 +55,8 @@ class Settings:
     """Where a worker may write."""
     stop_token: str
     """One that the model never says; ours must have one."""
+    measure: bool = False
+    """Ours also measures entropy at every update, as TRL always does."""
     device: str = "cpu"
 
     @property
@@ -121,7 +123,7 @@ def ours(settings: Settings, pipe: Pipe) -> None:
         pipe.turn(record, expect=step)
         sums = loop.Sums()
         started = clock(settings)  # type: ignore[arg-type]
-        loop.optimiser_step(job, step, measure=True, sums=sums)  # TRL measures entropy always
+        loop.optimiser_step(job, step, measure=settings.measure, sums=sums)
         seconds = clock(settings) - started  # type: ignore[arg-type]
         means = sums.means(job)
         rows = job.rows_of(job.schedule.step(step))
@@ -133,7 +135,7 @@ def ours(settings: Settings, pipe: Pipe) -> None:
 
 def done(settings: Settings, seconds: float, prompt_tokens: int, numbers: Mapping[str, float]) -> Record:
     """The report of one step."""
-    kept = ("objective/scores", "objective/kl", "policy/approxkl_avg", "policy/entropy_avg", "loss/value_avg")
+    kept = ("objective/scores", "objective/kl", "policy/approxkl_avg", "loss/policy_avg", "loss/value_avg")
     return {
         "seconds": seconds, "episodes": settings.batch, "prompt_tokens": prompt_tokens,
         **{name: float(numbers[name]) for name in kept}, **memory(settings),  # type: ignore[arg-type]
@@ -227,7 +229,8 @@ def trainer(settings: Settings, callback: Any) -> Any:
     rows = bench.read_rows(Path(settings.rows))
     ids = [{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in rows]
     value, reward = (
-        AutoModelForSequenceClassification.from_pretrained(settings.merged, num_labels=1, dtype=dtype) for _ in range(2)
+        AutoModelForSequenceClassification.from_pretrained(settings.merged, num_labels=1, dtype=kind)
+        for kind in (torch.float32, dtype)  # as ours: what is trained in float32, what is frozen in the precision
     )
     made = InOrder(
         args=PPOConfig(
@@ -338,7 +341,7 @@ def measured(asked: argparse.Namespace, work: Path) -> Record:
     rows.write_text("".join(json.dumps(row) + "\n" for row in prompts(steps * asked.batch)), encoding="utf-8")
     told: Record = {
         "rows": str(rows), "steps": steps, "batch": asked.batch, "new_tokens": asked.new_tokens, "precision": "bf16",
-        "folder": str(work), "stop_token": asked.stop_token,
+        "folder": str(work), "stop_token": asked.stop_token, "measure": asked.measure,
     }  # fmt: skip
     settings = Settings(model=model_folder(asked.model, told, work), **told)
     started, rounds = compare(settings, work=work, trl_folder=asked.trl)
@@ -383,6 +386,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, default=8, help="prompts of a step")
     made.add_argument("--new-tokens", type=int, default=64, help="of each answer")
     made.add_argument("--stop-token", default="<file_sep>", help="a token that the model never says")
+    made.add_argument("--measure", action="store_true", help="ours measures entropy at every update, as TRL does")
     made.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder of the result")
     return made
 

@@ -24,7 +24,7 @@ def test_a_random_model_learns_to_say_digits_and_spaces(recipe_of, job_of, tmp_p
         seed=seed,
         lora={"r": 8, "lora_alpha": 256},
         train={
-            "max_steps": 40,
+            "max_steps": 60,
             "learning_rate": 5e-4,
             "lr_scheduler_type": "constant",
             "per_device_train_batch_size": 8,
