@@ -20,6 +20,8 @@ from finetune_cli.recipe.sections import Logging
 IDS = "trackers.json"
 """Under which ids trackers know the run, for a resumed one to go on there."""
 PROJECT = "finetune"
+OWN_NAMES = {"wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME", "comet_ml": "COMET_PROJECT_NAME"}
+"""Where trackers themselves look for the project; heeded where the recipe names none."""
 
 
 def redacted(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,10 +94,10 @@ def start(name: str, logging: Logging, run: Path, known: str | None) -> Any:
 
 
 def arguments(name: str, logging: Logging, run: Path) -> tuple[str, ...]:
-    """TensorBoard's project is the folder itself; the others' is `logging.project`."""
+    """TensorBoard's project is the folder itself; the others' is `logging.project`, else that of their environment."""
     if name == "tensorboard":
         return (".", str(run / "tensorboard"))
-    project = logging.project or PROJECT
+    project = logging.project or os.environ.get(OWN_NAMES.get(name, "")) or PROJECT
     return (project, str(run / name)) if name in ("aim",) else (project,)
 
 

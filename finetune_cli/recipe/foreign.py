@@ -88,7 +88,9 @@ def place(draft: Draft, key: str, value: Any) -> None:
 
 def settle(draft: Draft) -> None:
     """Complete the draft, and turn what our schema refuses into comments."""
-    if "lora" not in draft.out or _full(draft):
+    if any(draft.given.get(key) for key in ("adapter_name_or_path", "lora_model_dir")):
+        draft.out.pop("lora", None)
+    elif "lora" not in draft.out or _full(draft):
         for key in [key for key in draft.given if RENAMED.get(key, "").startswith("lora.") or key in SCALES]:
             draft.note(key, "all weights are trained: there is no `lora:`")
         draft.out.pop("lora", None)

@@ -242,7 +242,7 @@ class Logging(Spec):
     run_name: str | None = None
     """Name of the run in trackers."""
     project: str | None = None
-    """Project in trackers."""
+    """Project in trackers; where it is not given their own WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, else finetune."""
 
 
 class Launch(Spec):

@@ -1,7 +1,7 @@
 """Keys of other tools whose values need more than another name, each with its translation."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,16 +85,42 @@ def source(draft: Draft, one: Mapping[str, Any]) -> dict[str, Any]:
     files = one.get("data_files")
     if made.get("path") in ("json", "csv", "parquet") and files:
         made["path"] = files if isinstance(files, str) else files[0]
-    messages = one.get("field_messages")
-    columns = {} if messages in (None, "messages", "conversations") else {"messages": messages}
-    if one.get("type") == "completion" and one.get("field", "text") != "text":
-        columns["text"] = one["field"]
+    columns = dict(_columns(one))
     roles = dict(one.get("roles") or {})
-    taken = {"path", "name", "split", "data_files", "field_messages", "roles", "field", "ds_type"}
-    for key in (key for key in one if key not in taken):
+    for key in (key for key in one if key not in TAKEN and key not in READ_ALIKE):
         why = "the shape of rows is found from their columns" if key == "type" else NO_COUNTERPART
         draft.notes.append((f"datasets: {key}", one[key], why))
+    for key in (key for key in READ_ALIKE if one.get(key) not in (None, *READ_ALIKE[key])):
+        about = "messages have role and content, or from and value"
+        if key in ("roles_to_train", "train_on_eos"):
+            about = "method.loss_on says which turns are trained; each with the token that ends it"
+        draft.notes.append((f"datasets: {key}", one[key], about))
     return {**made, **({"columns": columns} if columns else {}), **({"roles": roles} if roles else {})}
+
+
+COLUMNS = {
+    "field_messages": "messages", "field_chosen": "chosen", "field_rejected": "rejected", "field_tools": "tools",
+    "field_instruction": "instruction", "field_input": "input", "field_output": "output", "field_system": "system",
+}  # fmt: skip
+"""axolotl's names of columns, under a set or under its `type:`."""
+READ_ALIKE: dict[str, tuple[Any, ...]] = {
+    "message_property_mappings": ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}),
+    "message_field_role": ("role", "from"), "message_field_content": ("content", "value"),
+    "roles_to_train": (["assistant"], ["gpt"]), "train_on_eos": ("turn",),
+}  # fmt: skip
+"""Settings of axolotl's sets, and the values of them that are so here without being said."""
+TAKEN = {"path", "name", "split", "data_files", "roles", "field", "ds_type", *COLUMNS}
+
+
+def _columns(one: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Our column -> its name in the file, where that is another; messages may be called conversations."""
+    shape = one.get("type")
+    for key, name in {**one, **(shape if isinstance(shape, dict) else {})}.items():
+        ours = COLUMNS.get(key)
+        if ours is not None and isinstance(name, str) and name not in (ours, "conversations"):
+            yield ours, name
+    if shape == "completion" and one.get("field", "text") != "text":
+        yield "text", one["field"]
 
 
 def named_sets(draft: Draft, key: str, value: Any) -> None:
@@ -105,7 +131,7 @@ def named_sets(draft: Draft, key: str, value: Any) -> None:
         return draft.put("data.train", [{"path": value, **{k: v for k, v in parts.items() if v}}])
     names = value if isinstance(value, list) else re.split(r"\s*,\s*", str(value))
     draft.note(key, "LLaMA-Factory finds these in dataset_info.json: write their files or hub ids as paths")
-    sets = [{"path": f"data/{name}.json"} for name in names]
+    sets = [{"path": f"{draft.given.get('dataset_dir') or 'data'}/{name}.json"} for name in names]
     return draft.put("data.train" if train else "data.eval_sets", sets if train else sets[0])
 
 
@@ -173,10 +199,54 @@ def only_positive(draft: Draft, key: str, value: Any) -> None:
 
 
 def loss(draft: Draft, key: str, value: Any) -> None:
+    """pref_loss, loss_type; pref_ftx is the weight of the chosen answers' likelihood beside it."""
     if draft.method == "dpo":
-        draft.put("method.loss_type", value)
-    elif draft.method != "orpo":
+        beside = draft.given.get("pref_ftx")
+        kind = draft.given.get("pref_loss", draft.given.get("loss_type", "sigmoid"))
+        draft.put("method.loss_type", [kind, "sft"] if beside else kind)
+        if beside:
+            draft.put("method.loss_weights", [1.0, beside])
+    elif draft.method != "orpo" and value:
         draft.note(key, NO_COUNTERPART)
+
+
+def drawn(draft: Draft, key: str, value: Any) -> None:
+    if draft.method == "ppo" and value != 1:
+        return draft.note(key, "answers that are learned from are drawn from the whole distribution")
+    return draft.put("generation.top_p", value)
+
+
+def brought(draft: Draft, key: str, value: Any) -> None:
+    """An adapter that the run goes on with: it brings its base, rank and layers."""
+    base = draft.given.get("model_name_or_path", draft.given.get("base_model"))
+    draft.put("model.name_or_path", value)
+    draft.note(key, f"this adapter goes on, with the rank and layers it has, on the base that it names ({base} there)")
+
+
+def listed(draft: Draft, _: str, value: Any) -> None:
+    """Names, also with commas between them."""
+    draft.put("lora.modules_to_save", re.split(r"\s*,\s*", value) if isinstance(value, str) else value)
+
+
+def checkpointing(draft: Draft, key: str, value: Any) -> None:
+    """Also `unsloth` and `offload`, which keep what is recomputed elsewhere."""
+    draft.put("train.gradient_checkpointing", bool(value))
+    if isinstance(value, str):
+        draft.note(key, "activations are recomputed, not moved elsewhere")
+
+
+def rewarded(draft: Draft, _: str, value: Any) -> None:
+    """LLaMA-Factory's reward model for ppo; axolotl's `true` says which method it is."""
+    if draft.method == "ppo":
+        draft.put("method.reward", value)
+
+
+def only_if_asked(draft: Draft, key: str, value: Any) -> None:
+    """What is off needs no word."""
+    if value and draft.method == "sft":
+        draft.put("method.packing", True)
+    elif value:
+        draft.note(key, "rows are packed in sft alone; here none are padded")
 
 
 def silent(_draft: Draft, _key: str, _value: Any) -> None:
@@ -200,10 +270,16 @@ TRANSLATED: dict[str, Translation] = {
     **dict.fromkeys(("flash_attention", "flash_attn"), kernel),
     **dict.fromkeys(("wandb_project", "wandb_name", "wandb_run_name"), tracker),
     "hub_model_id": hub,
+    **dict.fromkeys(("adapter_name_or_path", "lora_model_dir"), brought),
+    **dict.fromkeys(("additional_target", "lora_modules_to_save"), listed),
+    "gradient_checkpointing": checkpointing,
+    "top_p": drawn,
+    "reward_model": rewarded,
+    **dict.fromkeys(("sample_packing", "packing", "neat_packing"), only_if_asked),
     **dict.fromkeys(("template", "chat_template"), template),
     **dict.fromkeys(("max_steps", "warmup_steps", "num_train_epochs"), only_positive),
-    **dict.fromkeys(("pref_loss", "loss_type"), loss),
+    **dict.fromkeys(("pref_loss", "loss_type", "pref_ftx"), loss),
     **dict.fromkeys(
-        ("stage", "rl", "reward_model", "dataset_config", "dataset_train_split", "do_train", "do_eval"), silent
+        ("stage", "rl", "dataset_config", "dataset_train_split", "dataset_dir", "do_train", "do_eval"), silent
     ),
 }

@@ -27,7 +27,8 @@ class Asked:
     set: str
     prompt: str
     reference: str | None
-    answers: list[tuple[int, str]]
+    answers: list[tuple[int, str, float | None]]
+    """(step, answer, what it was worth where the method judges answers)"""
     left_out: int
 
 
@@ -140,7 +141,7 @@ def asked(record: Record) -> list[Asked]:
             set=name,
             prompt=cut(str(events[-1]["prompt"])),
             reference=cut(str(events[-1]["reference"])) if events[-1].get("reference") is not None else None,
-            answers=[(e["step"], cut(str(e["answer"]))) for e in curves.spread(events, MOST_ANSWERS)],
+            answers=[(e["step"], cut(str(e["answer"])), e.get("reward")) for e in curves.spread(events, MOST_ANSWERS)],
             left_out=max(0, len(events) - MOST_ANSWERS),
         )
         for (name, _), events in groups.items()

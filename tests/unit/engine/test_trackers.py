@@ -37,6 +37,15 @@ def test_tensorboard_gets_the_numbers_under_their_names(tmp_path):
     assert [(e.step, e.value) for e in read.Scalars("eval_loss")] == [(3, 0.75)]
 
 
+def test_the_project_is_the_recipes_then_that_of_the_trackers_own_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    assert module.arguments("wandb", Logging(), tmp_path) == ("finetune",)
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    assert module.arguments("wandb", Logging(), tmp_path) == ("theirs",)
+    assert module.arguments("mlflow", Logging(), tmp_path) == ("finetune",)
+    assert module.arguments("wandb", Logging(project="ours"), tmp_path) == ("ours",)
+
+
 def test_secrets_are_not_told():
     values = {
         "train.learning_rate": 1e-4, "hub.token": "whatever", "data.train": [{"path": "https://me:pass@host/x"}],

@@ -111,6 +111,16 @@ def test_one_run_tells_all_of_it(run_folder):
     }
 
 
+def test_what_an_answer_was_worth_and_the_numbers_of_ppo_are_on_the_page(run_folder):
+    told = {"objective/kl": 0.5, "objective/scores": 0.25, "policy/clipfrac_avg": 0.1, "loss/value_avg": 1.0}
+    events = [train(1, **told), sample(1, "five", reward=0.125), train(2, **told), sample(2, "four", reward=1.0)]
+    page = report.write([run_folder(events=events)]).read_text()
+    text = " ".join(Reader(page).text.split())
+    assert "step 1 reward 0.125 five" in text
+    assert "step 2 reward 1 four" in text
+    assert set(told) <= {value for name, value in Reader(page).attributes if name == "data-name"}
+
+
 def test_an_unfinished_run_and_one_that_failed(run_folder):
     folder = run_folder(events=[train(1), train(2)], finished=False)
     with (folder / "metrics.jsonl").open("a") as file:
