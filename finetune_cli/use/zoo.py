@@ -71,10 +71,10 @@ class Entry:
 
     @cached_property
     def estimated_gib(self) -> float | None:
-        """What `plan` says of one process on the hardware that is named; None where it was measured, where the sizes of
-        the model are not known, and for methods that also generate, which the estimate does not count."""
+        """What `plan` says of one process on the hardware that is named; None where it was measured, or where the sizes
+        of the model are not known."""
         recipe, found = self.loaded.recipe, GPUS.search(self.facts["hardware"])
-        if self.memory_gib is not None or found is None or recipe.method.online:
+        if self.memory_gib is not None or found is None:
             return None
         gpu = Gpu(name="a GPU", memory_gib=float(found["size"]) * 1e9 / 2**30, compute_capability=AMPERE)
         machine = Machine(cpus=8, memory_gib=None, gpus=[gpu] * int(found["count"]), cpu_bf16=False)

@@ -112,8 +112,8 @@ def test_it_is_planned_on_the_hardware_it_names(one, monkeypatch):
         lora = plan.recipe.lora is not None
         assert plan.resolved.learning_rate == plan.recipe.method.rates(lora=lora).default
         assert plan.resolved.gradient_checkpointing
-        assert one.estimated_gib is not None or plan.recipe.method.online
-        assert one.estimated_gib is None or int(found["size"]) in fits(one.estimated_gib)
+        assert one.estimated_gib is not None
+        assert int(found["size"]) in fits(one.estimated_gib)
 
 
 @EACH
