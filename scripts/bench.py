@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -241,6 +241,8 @@ class Set:
     """None where the work is not counted."""
     sequences: int = 1
     """Sequences that TRL makes of a row."""
+    warm: bool = False
+    """Ours has run on these rows before: what it keeps on disk is there."""
 
 
 def arguments(settings: Settings) -> Record:
@@ -368,6 +370,7 @@ def pair_set(kind: str, **knobs: Any) -> Set:
 SETS = {
     "sft": Set({"name": "sft"}, short_rows, completion_row, sft_trainer, sft_held, sft_flops),
     "dpo": pair_set("dpo", precompute_ref_log_probs=False),  # the reference pass inside the step, as TRL has it
+    "dpo-warm": replace(pair_set("dpo", precompute_ref_log_probs=True), warm=True),
     "orpo": pair_set("orpo"),
     "reward": pair_set("reward"),
 }
@@ -657,16 +660,32 @@ def compare(settings: Settings, *, work: Path, say: Callable[[str], None] = prin
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         started: Record = {}
+        if SETS[settings.set].warm:
+            with Worker("ours", settings, work=work, env=env) as before:
+                started["first"] = timed(before.report)
+                say(f"ours has run before, {started['first']['seconds']:.1f} s")
         for side in SIDES:  # one after the other, so that neither is loaded under the other's load
             workers[side] = stack.enter_context(Worker(side, settings, work=work, env=env))
-            started[side] = workers[side].report()
-            say(f"{side} is ready, {started[side]['peak_gib']:.2f} GiB")
+            started[side] = timed(workers[side].report)
+            say(f"{side} is ready, {started[side]['peak_gib']:.2f} GiB, {started[side]['seconds']:.1f} s")
         rounds = []
         for number in range(settings.steps):
             reports = {side: workers[side].step(number) for side in order(number)}
             rounds.append({"round": number, "warm_up": number < WARM_UP, "first": order(number)[0], **reports})
             say(round_line(rounds[-1]))
     return started, rounds
+
+
+def timed(report: Callable[[], Record]) -> Record:
+    started = time.perf_counter()
+    found = report()
+    return {**found, "seconds": time.perf_counter() - started}
+
+
+def whole_run(started: Mapping[str, Record], rounds: Sequence[Record]) -> Record:
+    """Seconds from the start of each process to the end of its last step, waiting left out."""
+    seconds = {side: started[side]["seconds"] + sum(found[side]["seconds"] for found in rounds) for side in SIDES}
+    return {**seconds, "ratio": seconds["trl"] / seconds["ours"], "steps": len(rounds)}
 
 
 def round_line(found: Record) -> str:
@@ -728,6 +747,12 @@ def summary_lines(found: Record) -> Iterator[str]:
             f"{side}: {own['seconds']:.3f} s, {own['rows_per_second']:.2f} rows/s, {own['tokens_per_second']:.0f} "
             f"tokens/s, {own['peak_gib']:.2f} GiB at the peak, "
             + ("operations not counted" if share is None else f"{share:.0%} of the matrix rate")
+        )
+    if "whole_run" in found:
+        whole = found["whole_run"]
+        yield (
+            f"TRL / ours, from the start of the process: {whole['ratio']:.2f} "
+            f"({whole['trl']:.0f} s to {whole['ours']:.0f} s, {whole['steps']} steps)"
         )
     yield f"TRL / ours, peak memory: {found['peak_ratio']:.2f}; matrix rate {found['gflops_matrix']:.0f} GFLOP/s"
     same = "on the same tokens" if found["same_tokens"] else "NOT ON THE SAME TOKENS: the two sides did unequal work"
@@ -870,7 +895,7 @@ def bench(asked: argparse.Namespace, work: Path) -> Record:
         "commit": commit(),
         "versions": versions(),
         "settings": {**told, "model": model, "rows": source, "lora": LORA, "learning_rate": LEARNING_RATE},
-        "summary": summary(rounds, rates, settings, shape),
+        "summary": {**summary(rounds, rates, settings, shape), "whole_run": whole_run(started, rounds)},
         "matrix_gflops": {"before": rates[0], "after": rates[1]},
         "ready": started,
         "rounds": rounds,

@@ -125,6 +125,12 @@ def test_ratio_is_the_median_of_pairs_without_warm_up(tmp_path: Path) -> None:
     assert found["ours"]["share_of_matrix_rate"] == pytest.approx(work / 4.0)
 
 
+def test_a_whole_run_is_its_start_and_all_of_its_steps() -> None:
+    started = {"ours": {"seconds": 2.0}, "trl": {"seconds": 3.0}, "first": {"seconds": 50.0}}
+    found = script.whole_run(started, rounds((1.0, 4.0), (1.0, 5.0)))
+    assert found == {"ours": 4.0, "trl": 12.0, "ratio": 3.0, "steps": 2}
+
+
 def test_unequal_work_is_said(tmp_path: Path) -> None:
     found = script.summary(
         rounds((1, 1), (1, 1), (1, 1), trained_tokens=5), [{"bf16": {"one": 1.0}}], settings(tmp_path), None
@@ -230,7 +236,7 @@ def test_pairs_in_the_shapes_people_have() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dpo", "orpo", "reward"])
+@pytest.mark.parametrize("kind", ["dpo", "dpo-warm", "orpo", "reward"])
 def test_both_sides_do_the_same_on_pairs(tmp_path: Path, kind: str) -> None:
     """On random weights: the same tokens, and for the first step the same loss (each side draws its own adapters)."""
     small = {**script.QWEN_7B, **TINY, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 300}
@@ -238,7 +244,8 @@ def test_both_sides_do_the_same_on_pairs(tmp_path: Path, kind: str) -> None:
     rows = script.chat_pairs(6, scale=0.05)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = settings(tmp_path, set=kind, model=model, precision="fp32", random_weights=True, max_length=400)
-    _, found = script.compare(asked, work=tmp_path, say=lambda _: None)
+    started, found = script.compare(asked, work=tmp_path, say=lambda _: None)
+    assert ("first" in started) == (kind == "dpo-warm")
     for one in found:
         assert one["ours"]["rows"] == one["trl"]["rows"] == 2
         assert one["ours"]["lengths"] == one["trl"]["lengths"]
