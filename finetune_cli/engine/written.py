@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from finetune_cli.data.batches import Segments
+from finetune_cli.data.batches import Segment, Segments
 
 BLOCK = 128
 """Queries at a time."""
-KEPT = 512
+KEPT = 1024
 """Keys up to which probabilities are kept for backward; beyond, memory counts more and they are computed again."""
 
 
@@ -27,47 +27,45 @@ class Rule(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Queries start..stop of a batch, whose keys are those of back_start..back_stop and then of first..stop."""
+    """Queries start..stop of a batch, and how many keys of their span they see, from its first."""
 
     start: int
     stop: int
-    first: int
-    back_start: int
-    back_stop: int
-
-    def keys(self, x_KTD: Tensor) -> Tensor:
-        """Of all tokens, those that the block looks at: [K, S, D]."""
-        own = x_KTD[:, self.first : self.stop]
-        if self.back_start == self.back_stop:
-            return own
-        return torch.cat((x_KTD[:, self.back_start : self.back_stop], own), 1)
-
-    def add(self, x_KTD: Tensor, part_KSD: Tensor) -> None:
-        """The reverse of `keys`."""
-        back = self.back_stop - self.back_start
-        if back:
-            x_KTD[:, self.back_start : self.back_stop] += part_KSD[:, :back]
-        x_KTD[:, self.first : self.stop] += part_KSD[:, back:]
-
-    @property
-    def seen(self) -> int:
-        return self.back_stop - self.back_start + self.stop - self.first
+    seen: int
 
 
-def blocks(layout: Segments) -> Iterator[Block]:
-    for span in layout.spans:
-        for start in range(span.start, span.stop, BLOCK):
-            yield Block(start, min(start + BLOCK, span.stop), span.start, span.back_start, span.back_stop)
+def blocks(span: Segment) -> Iterator[Block]:
+    back = span.back_stop - span.back_start
+    for start in range(span.start, span.stop, BLOCK):
+        stop = min(start + BLOCK, span.stop)
+        yield Block(start, stop, back + stop - span.start)
 
 
-def hide(scores_KGLS: Tensor, rule: Rule, layout: Segments) -> None:
+def keys(x_KTD: Tensor, span: Segment) -> Tensor:
+    """Of all tokens, those that a span may look at: [K, S, D]."""
+    own = x_KTD[:, span.start : span.stop]
+    if span.back_start == span.back_stop:
+        return own
+    return torch.cat((x_KTD[:, span.back_start : span.back_stop], own), 1)
+
+
+def add_keys(x_KTD: Tensor, part_KSD: Tensor, span: Segment) -> None:
+    """The reverse of `keys`."""
+    back = span.back_stop - span.back_start
+    if back:
+        x_KTD[:, span.back_start : span.back_stop] += part_KSD[:, :back]
+    x_KTD[:, span.start : span.stop] += part_KSD[:, back:]
+
+
+def hide(scores_KLGS: Tensor, rule: Rule, layout: Segments) -> None:
     """Minus infinity for keys that a query does not see; the queries are the last L of the S positions."""
-    queries, keys = scores_KGLS.shape[2:]
-    key = (queries, queries, 0, False) if rule.local == 0 else (queries, keys, *rule)  # earlier keys are all seen
+    queries, seen = scores_KLGS.shape[1], scores_KLGS.shape[3]
+    key = (queries, queries, 0, False) if rule.local == 0 else (queries, seen, *rule)  # earlier keys are all seen
     if key not in layout.hidden:
-        seen_LS = causal_mask(key[0], key[1], rule.local, chunked=rule.chunked, device=scores_KGLS.device)
-        layout.hidden[key] = torch.zeros(seen_LS.shape, dtype=scores_KGLS.dtype).masked_fill_(~seen_LS, -torch.inf)
-    scores_KGLS[..., keys - key[1] :] += layout.hidden[key]
+        seen_LS = causal_mask(key[0], key[1], rule.local, chunked=rule.chunked, device=scores_KLGS.device)
+        hidden_LS = torch.zeros(seen_LS.shape, dtype=scores_KLGS.dtype).masked_fill_(~seen_LS, -torch.inf)
+        layout.hidden[key] = hidden_LS[:, None]
+    scores_KLGS[..., seen - key[1] :] += layout.hidden[key]
 
 
 def causal_mask(queries: int, keys: int, local: int, *, chunked: bool, device: torch.device) -> Tensor:
@@ -82,7 +80,8 @@ def causal_mask(queries: int, keys: int, local: int, *, chunked: bool, device: t
 class WrittenOut(torch.autograd.Function):
     """softmax(q k^T s) v over segments; q [H, T, D], k and v [K, T, D], heads in groups of G = H / K -> [T, H, D].
 
-    Shape letters: L queries of a block, S keys that it sees, M = G L its rows in a product.
+    Shape letters: L queries of a block, S keys that it sees, M = L G its rows in a product, N = T G all of them: the
+    heads of a group lie side by side, so that a block of queries is a slice.
     """
 
     @staticmethod
@@ -90,61 +89,64 @@ class WrittenOut(torch.autograd.Function):
         ctx: Any, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, scaling: float, rule: Rule, layout: Segments
     ) -> Tensor:
         (heads, tokens, _), kv_heads = q_HTD.shape, k_KTD.shape[0]
+        groups, size = heads // kv_heads, v_KTD.shape[2]
         kept: list[Tensor] = []
         keeping = any(ctx.needs_input_grad)
         with torch.autocast(q_HTD.device.type, enabled=False):
-            out_THD = q_HTD.new_empty(tokens, heads, v_KTD.shape[2])
-            q_KGTD, out_KGTD = grouped(q_HTD, kv_heads), grouped(out_THD.transpose(0, 1), kv_heads)
-            wide_KTD = widened(k_KTD)
-            for block in blocks(layout):
-                p_KMS = probabilities(rows(q_KGTD, block), block.keys(wide_KTD), scaling, rule, layout, block)
-                p_KMS = p_KMS.to(q_HTD.dtype)
-                o_KMD = torch.bmm(p_KMS, block.keys(v_KTD))
-                out_KGTD[:, :, block.start : block.stop] = split(o_KMD, heads // kv_heads)
-                if keeping and block.seen <= KEPT:
-                    kept.append(p_KMS)
+            out_KND = q_HTD.new_empty(kv_heads, tokens * groups, size)
+            q_KND, wide_KTD = widened(by_group(q_HTD, kv_heads)) * scaling, widened(k_KTD)
+            for span in layout.spans:
+                k_KSD, v_KSD = keys(wide_KTD, span), keys(v_KTD, span)
+                for block in blocks(span):
+                    own = slice(block.start * groups, block.stop * groups)
+                    p_KMS = probabilities(q_KND[:, own], k_KSD[:, : block.seen], rule, layout, groups).to(q_HTD.dtype)
+                    out_KND[:, own] = torch.bmm(p_KMS, v_KSD[:, : block.seen])
+                    if keeping and block.seen <= KEPT:
+                        kept.append(p_KMS)
         ctx.save_for_backward(q_HTD, k_KTD, v_KTD, *kept)
         ctx.rest = scaling, rule, layout
-        return out_THD
+        return out_KND.view(kv_heads, tokens, groups, size).transpose(0, 1).reshape(tokens, heads, size)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_HTD, k_KTD, v_KTD, *kept = ctx.saved_tensors
         scaling, rule, layout = ctx.rest
-        dtype, kv_heads, groups = q_HTD.dtype, k_KTD.shape[0], q_HTD.shape[0] // k_KTD.shape[0]
+        (heads, tokens, size), kv_heads, dtype = q_HTD.shape, k_KTD.shape[0], q_HTD.dtype
+        groups = heads // kv_heads
         kept.reverse()
         with torch.autocast(q_HTD.device.type, enabled=False):
+            q_KND, do_KND = by_group(q_HTD, kv_heads), by_group(dout_THD.transpose(0, 1), kv_heads)
+            q_wide_KND, do_wide_KND = widened(q_KND) * scaling, widened(do_KND)
             k_wide_KTD, v_wide_KTD = widened(k_KTD), widened(v_KTD)
-            dq_HTD = torch.empty_like(q_HTD)
+            dq_KND = torch.empty_like(q_KND)
             dk_KTD, dv_KTD = torch.zeros_like(k_wide_KTD), torch.zeros_like(v_wide_KTD)
-            q_KGTD, dq_KGTD = grouped(q_HTD, kv_heads), grouped(dq_HTD, kv_heads)
-            dout_KGTD = grouped(dout_THD.transpose(0, 1), kv_heads)
-            for block in blocks(layout):
-                q_KMD, do_KMD = rows(q_KGTD, block), rows(dout_KGTD, block)
-                if block.seen <= KEPT:
-                    low_KMS = kept.pop()
-                    p_KMS = widened(low_KMS)
-                else:
-                    p_KMS = probabilities(q_KMD, block.keys(k_wide_KTD), scaling, rule, layout, block)
-                    low_KMS = p_KMS.to(dtype)
-                dp_KMS = torch.bmm(widened(do_KMD), block.keys(v_wide_KTD).transpose(1, 2))
-                ds_KMS = torch._softmax_backward_data(dp_KMS, p_KMS, -1, p_KMS.dtype).to(dtype)
-                dq_KMD = torch.bmm(ds_KMS, block.keys(k_KTD)).mul_(scaling)
-                dq_KGTD[:, :, block.start : block.stop] = split(dq_KMD, groups)
-                block.add(dk_KTD, torch.bmm(ds_KMS.transpose(1, 2), q_KMD).mul_(scaling))
-                block.add(dv_KTD, torch.bmm(low_KMS.transpose(1, 2), do_KMD))
-        return dq_HTD, dk_KTD.to(dtype), dv_KTD.to(dtype), None, None, None
+            for span in layout.spans:
+                k_KSD, k_wide_KSD, v_wide_KSD = (keys(x, span) for x in (k_KTD, k_wide_KTD, v_wide_KTD))
+                dk_KSD, dv_KSD = torch.zeros_like(k_wide_KSD), torch.zeros_like(v_wide_KSD)
+                for block in blocks(span):
+                    own, seen = slice(block.start * groups, block.stop * groups), block.seen
+                    if seen <= KEPT:
+                        low_KMS = kept.pop()
+                        p_KMS = widened(low_KMS)
+                    else:
+                        p_KMS = probabilities(q_wide_KND[:, own], k_wide_KSD[:, :seen], rule, layout, groups)
+                        low_KMS = p_KMS.to(dtype)
+                    dp_KMS = torch.bmm(do_wide_KND[:, own], v_wide_KSD[:, :seen].transpose(1, 2))
+                    ds_KMS = torch._softmax_backward_data(dp_KMS, p_KMS, -1, p_KMS.dtype).to(dtype)
+                    dq_KND[:, own] = torch.bmm(ds_KMS, k_KSD[:, :seen])
+                    dk_KSD[:, :seen] += torch.bmm(ds_KMS.transpose(1, 2), q_KND[:, own])
+                    dv_KSD[:, :seen] += torch.bmm(low_KMS.transpose(1, 2), do_KND[:, own])
+                add_keys(dk_KTD, dk_KSD, span)
+                add_keys(dv_KTD, dv_KSD, span)
+            dq_HTD = dq_KND.mul_(scaling).view(kv_heads, tokens, groups, size).transpose(1, 2).reshape(q_HTD.shape)
+        return dq_HTD, dk_KTD.mul_(scaling).to(dtype), dv_KTD.to(dtype), None, None, None
 
 
-def grouped(x_HTD: Tensor, kv_heads: int) -> Tensor:
-    """[K, G, T, D], the heads that share keys together."""
-    return x_HTD.view(kv_heads, -1, *x_HTD.shape[1:])
-
-
-def split(x_KMD: Tensor, groups: int) -> Tensor:
-    """The reverse of `rows`: [K, G, L, D]."""
-    return x_KMD.view(x_KMD.shape[0], groups, -1, x_KMD.shape[2])
+def by_group(x_HTD: Tensor, kv_heads: int) -> Tensor:
+    """[K, T G, D], the heads that share keys side by side at each token."""
+    heads, tokens, size = x_HTD.shape
+    return x_HTD.view(kv_heads, heads // kv_heads, tokens, size).transpose(1, 2).reshape(kv_heads, -1, size)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -152,13 +154,9 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rows(x_KGTD: Tensor, block: Block) -> Tensor:
-    """A block's queries, the group's heads one after the other: [K, G L, D]."""
-    return x_KGTD[:, :, block.start : block.stop].flatten(1, 2)
-
-
-def probabilities(q_KMD: Tensor, k_KSD: Tensor, scaling: float, rule: Rule, layout: Segments, block: Block) -> Tensor:
-    """[K, M, S], float32."""
-    scores_KMS = torch.bmm(widened(q_KMD).mul(scaling), k_KSD.transpose(1, 2))
-    hide(split(scores_KMS, scores_KMS.shape[1] // (block.stop - block.start)), rule, layout)
+def probabilities(q_KMD: Tensor, k_KSD: Tensor, rule: Rule, layout: Segments, groups: int) -> Tensor:
+    """Of scaled queries: [K, M, S], in their format."""
+    scores_KMS = torch.bmm(q_KMD, k_KSD.transpose(1, 2))
+    kv_heads, _, seen = scores_KMS.shape
+    hide(scores_KMS.view(kv_heads, -1, groups, seen), rule, layout)
     return scores_KMS.softmax(-1)

@@ -1,7 +1,7 @@
 """Bytes of the parts of a run: weights, states, what a layer keeps for its backward. From sizes alone, no torch.
 
 What is kept is that of our own layout: rows end to end, an adapter's layer keeps its input and one narrow product
-(`engine/lora.py`), attention keeps probabilities up to 512 keys on a CPU (`engine/written.py`).
+(`engine/lora.py`), attention keeps probabilities up to 1024 keys on a CPU (`engine/written.py`).
 """
 
 import re
@@ -17,7 +17,7 @@ GIB = 2**30
 WIDE = 4
 """Bytes of float32."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "bf16": 2, "fp16": 2, "fp32": 4}
-BLOCK, KEPT = 128, 512
+BLOCK, KEPT = 128, 1024
 """Of `engine/written.py`: queries at a time, keys up to which probabilities are kept."""
 STATE = (
     (r"sgd", 0.0), (r"adafactor", 0.02), (r"adagrad|rmsprop$|rmsprop_bnb(_32bit)?$", 4.0), (r"rmsprop_bnb_8bit", 1.03),
