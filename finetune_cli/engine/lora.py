@@ -1,5 +1,7 @@
 """Adapters: attaching them, computing them at less cost, and counting what is trained."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -73,6 +75,27 @@ class Adapted(torch.autograd.Function):
         return None if dx_TI is None else dx_TI.view(ctx.shape), da_RI, db_OR, None, None
 
 
+def drawn(x: Tensor, a_RI: Tensor, b_OR: Tensor, base: nn.Module, scaling: float) -> Tensor:
+    """The same without a graph, where nothing is cast: for the few rows of a token that is drawn, what goes on around
+    the products takes as long as they do."""
+    narrow = F.linear(F.linear(x, a_RI), b_OR)
+    return F.linear(x, base.weight, base.bias).add_(narrow, alpha=scaling)  # type: ignore[arg-type]
+
+
+@contextmanager
+def drawing(model: nn.Module) -> Iterator[None]:
+    """Adapters without autograd's node while answers are drawn. Not wherever there is no graph: a policy and its
+    reference are equal to the last bit, one with a graph and one without."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Fast)]
+    for layer in layers:
+        layer.drawing = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.drawing = False
+
+
 def frozen(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """The base layer's weight [O, I] as it is multiplied with, 4-bit weights written out for the time of a product."""
     weight: Any = base.weight
@@ -87,12 +110,17 @@ def frozen(base: nn.Module, dtype: torch.dtype) -> Tensor:
 class Fast:
     """A layer of peft's, computed by `Adapted` where that is the same thing; everywhere else as peft does."""
 
+    drawing = False
+    """Whether answers are drawn, see `drawing`."""
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self._plain(kwargs)
         if name is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         made: Any = Adapted.apply
         weights = self.lora_A[name].weight, self.lora_B[name].weight
+        if self.drawing and self.base_layer.weight.dtype == x.dtype == weights[0].dtype:
+            return drawn(x, *weights, self.base_layer, self.scaling[name])
         y: Tensor = made(x, *weights, self.base_layer, self.scaling[name])
         return y
 

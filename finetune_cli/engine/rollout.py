@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from finetune_cli.engine.generate import continued, half_copies, whole_states
+from finetune_cli.engine.lora import drawing
 
 AT_ONCE = 64
 """Answers drawn together, of prompts of alike length; memory is bound by the cache of their keys and values."""
@@ -42,6 +43,7 @@ class Local:
             torch.random.fork_rng(devices=devices),
             ready(self.model),
             half_copies(self.model),
+            drawing(self.model),
             whole_states(self.model),
         ):
             torch.manual_seed(seed)

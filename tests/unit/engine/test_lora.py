@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from finetune_cli.engine.lora import Fast, hasten
+from finetune_cli.engine.lora import Fast, drawing, hasten
 
 
 class Net(nn.Module):
@@ -115,3 +115,13 @@ def test_a_trained_base_layer_is_left_alone():
     hasten(model)
     assert type(model.base_model.model.first) is LoraLinear
     assert isinstance(model.base_model.model.second, Fast)
+
+
+def test_while_answers_are_drawn_it_is_the_same_without_a_graph():
+    model, fast = pair()
+    x = torch.randn(4, 1, 6)
+    with drawing(fast), torch.no_grad():
+        assert fast.base_model.model.first.drawing
+        torch.testing.assert_close(fast(x), model(x))
+    assert not fast.base_model.model.first.drawing
+    assert_same(both((model, fast), x), relative=1e-5)
