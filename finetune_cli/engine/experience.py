@@ -239,8 +239,8 @@ class Experience:
         self.scores([answered(row, [ids]) for row, ids in zip(rows, drawn, strict=True) if ids], "train")
 
     def evaluate(self, eval_set: "EvalSet", step: int, samples: list[dict[str, Any]]) -> dict[str, float]:
-        """What answers to a set are worth, drawn as in training and always by the same seed; and the recipe's metric of
-        greedy ones. Collective."""
+        """What answers to a set are worth, drawn as in training and always by the same seed; where the recipe has a
+        metric, that of greedy ones, and what those are worth. Collective."""
         job = self.job
         rows = eval_set.rows[: job.recipe.eval.metric_rows]
         found = self.spread(rows, eval_set.name, temperature=job.recipe.generation.temperature)
@@ -254,6 +254,7 @@ class Experience:
             found = self.spread(rows, eval_set.name, temperature=0.0)
             marks = metrics.judge(*job.metric, [each.text for each in found], [prompt.answer for prompt in asked])
             numbers[job.metric[0]] = sum(marks) / len(marks)
+            numbers["objective/greedy_scores"] = sum(each.worth for each in found) / len(found)
         samples += self.told_of(step, eval_set.name, asked, found)
         return {f"{eval_set.prefix}{key}": value for key, value in numbers.items()}
 
