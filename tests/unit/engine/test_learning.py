@@ -20,7 +20,13 @@ def test_a_random_model_learns_to_say_digits_and_spaces(recipe_of, job_of, tmp_p
     (tmp_path / "reward.py").write_text(REWARD)
     path = recipe_of(
         rows=[{"prompt": row["messages"][:1]} for row in questions(12)],
-        method={"name": "ppo", "reward": "reward.py:digits_and_spaces", "num_generations": 8, "kl_coef": 0.0},
+        method={
+            "name": "ppo",
+            "reward": "reward.py:digits_and_spaces",
+            "num_generations": 8,
+            "kl_coef": 0.0,
+            "lam": 1.0,
+        },
         seed=seed,
         lora={"r": 8, "lora_alpha": 256},
         train={
@@ -30,7 +36,7 @@ def test_a_random_model_learns_to_say_digits_and_spaces(recipe_of, job_of, tmp_p
             "per_device_train_batch_size": 8,
             "global_batch_size": 8,
         },
-        generation={"max_new_tokens": 6, "temperature": 0.5},
+        generation={"max_new_tokens": 6, "temperature": 0.7},
         eval={"eval_strategy": "no"},
     )
     events = []
