@@ -131,6 +131,7 @@ def ours(settings: Settings, pipe: Pipe) -> None:
         record |= {"answer_tokens": round(means["completions/mean_length"] * settings.batch)}
         record |= {"health": [event["message"] for event in said if event["event"] == "health"]}
     pipe.report(record)
+    sys.stdin.readline()  # as TRL's process does
 
 
 def done(settings: Settings, seconds: float, prompt_tokens: int, numbers: Mapping[str, float]) -> Record:
@@ -176,6 +177,7 @@ def trl(settings: Settings, pipe: Pipe) -> None:
 
         started = 0.0
         logged: Record = {}
+        record: Record = {}
 
         def wait(self, record: Record, step: int) -> None:
             pipe.turn(record, expect=step)
@@ -192,9 +194,8 @@ def trl(settings: Settings, pipe: Pipe) -> None:
             made = self.trainer.drawn
             record = done(settings, seconds, int(made["attention_mask"].sum()), self.logged)
             record |= {"answer_tokens": settings.batch * settings.new_tokens}  # it stops for nothing
-            if state.global_step == settings.steps:
-                pipe.report(record)
-            else:
+            self.record = record
+            if state.global_step < settings.steps:
                 self.wait(record, state.global_step)
 
         trainer: Any = None
@@ -204,6 +205,8 @@ def trl(settings: Settings, pipe: Pipe) -> None:
     turns.trainer = trainer(settings, turns)
     gc.collect()
     turns.trainer.train()
+    pipe.report(turns.record)
+    sys.stdin.readline()  # what ends with this process would run beside the other side's last step
 
 
 def trainer(settings: Settings, callback: Any) -> Any:
