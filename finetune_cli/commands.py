@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def opened(recipe: Path, overrides: Sequence[str]) -> tuple[Loaded, model_facts.Facts]:
     """The recipe, its schema checked, and what is known of its model."""
     loaded = load(recipe, overrides)
-    return loaded, model_facts.look(loaded.recipe.model.name_or_path)
+    return loaded, model_facts.of(loaded.recipe.model)
 
 
 def checked(recipe: Path, overrides: Sequence[str], note: stages.Note = stages.unheard) -> Seen:

@@ -159,7 +159,8 @@ def clear(folder: Path) -> None:
         (folder / Path(name).name).unlink(missing_ok=True)
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    for name in (manifest.BASE, "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
 

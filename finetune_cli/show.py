@@ -164,6 +164,8 @@ def header(plan: Plan) -> Panel:
     lora = f"LoRA r={recipe.lora.r} on {_plain(recipe.lora.target_modules)}" if recipe.lora else "full fine-tuning"
     if plan.facts.kind == "adapter":
         lora = "the adapter goes on"
+    elif plan.facts.kind == "merged":
+        lora += ", on the base with its adapter merged"
     table = Table.grid(padding=(0, 2))
     rows = {
         "method": f"{recipe.method.name}, {lora}",

@@ -8,6 +8,7 @@ Weights are random, shapes are real, rows are of exactly the length that is aske
 """
 
 import argparse
+import gc
 import json
 import platform
 import random
@@ -87,6 +88,10 @@ class Case:
         return " ".join(parts)
 
 
+BESIDE = "another model"
+"""Stands for a folder of the same shape: a reference, or a classifier for `ppo`."""
+
+
 def grid() -> Iterator[Case]:
     small, mid, qwen, llama = (Case(s) for s in ("smollm2-135m", "smollm2-360m", "qwen2.5-0.5b", "llama-3.2-1b"))
     for batch, length in ((1, 256), (4, 256), (1, 1024), (4, 512)):
@@ -115,6 +120,20 @@ def grid() -> Iterator[Case]:
     yield Case("qwen3-0.6b", kind="qlora", checkpointing=True)
     yield Case("gemma-3-270m")
     yield Case("gemma-3-270m", kind="full")
+    yield replace(small, method="orpo")
+    yield replace(small, method="orpo", kind="full", checkpointing=True, batch=4)
+    yield replace(small, method="reward")
+    yield replace(small, method="reward", kind="full")
+    yield replace(mid, method="reward", kind="qlora", checkpointing=True)
+    yield replace(small, method="dpo", more={"method": {"ref_model": "start"}, "lora": {"use_dora": True}})
+    yield replace(small, method="dpo", more={"method": {"ref_model": BESIDE}})
+    yield replace(small, method="ppo")
+    yield replace(small, method="ppo", checkpointing=True, batch=4)
+    yield replace(small, method="ppo", kind="full")
+    yield replace(mid, method="ppo", kind="qlora", more={"method": {"reward": BESIDE}})
+    yield replace(small, method="ppo", more={"method": {"num_generations": 4}})
+    yield replace(small, more={"lora": {"trainable_token_indices": [7, 201]}})
+    yield replace(small, more={"lora": {"rank_pattern": {"down_proj": 64}, "layers_to_transform": [*range(10)]}})
 
 
 class Live(TorchDispatchMode):
@@ -160,10 +179,17 @@ class Live(TorchDispatchMode):
         return out
 
 
-def write_model(folder: Path, config: Mapping[str, Any]) -> Path:
-    """A model folder with random weights in bfloat16, and a tokenizer with a token for each byte."""
+def write_model(folder: Path, config: Mapping[str, Any], *, scores: bool = False) -> Path:
+    """A model folder with random weights in bfloat16, and a tokenizer with a token for each byte; `scores`: of a
+    classifier with one label."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        GenerationConfig,
+        PreTrainedTokenizerFast,
+    )
 
     specials = ["<|endoftext|>", "<|im_end|>"]
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *specials]
@@ -175,7 +201,10 @@ def write_model(folder: Path, config: Mapping[str, Any]) -> Path:
     rest = {key: value for key, value in config.items() if key != "model_type"}
     made = AutoConfig.for_model(config["model_type"], **rest, **ids)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+    made.num_labels = 1 if scores else 2
+    model = (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_config(
+        made, dtype=torch.bfloat16
+    )
     model.generation_config = GenerationConfig(**ids)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -186,7 +215,9 @@ def row(method: str, length: int, draw: random.Random) -> dict[str, Any]:
     """A row of exactly `length` tokens, a pair of a prompt and two answers of a third each; two thirds are trained."""
     ids = [draw.randrange(200) for _ in range(length)]
     prompt, half = length // 3, (length - length // 3) // 2
-    if method == "dpo":
+    if method == "ppo":
+        return {"prompt": "".join(draw.choice("abcdefgh ") for _ in range(prompt))}
+    if method in ("dpo", "orpo", "reward"):
         chosen, rejected = ids[prompt : prompt + half], ids[prompt + half :]
         return {
             "input_ids_chosen": [*ids[:prompt], 201, *chosen[1:]],
@@ -209,14 +240,27 @@ def recipe(case: Case, model: Path, work: Path) -> Path:
         },
         "eval": {"eval_strategy": "no", "sample_prompts": 0}, "logging": {"report_to": "none"},
     }  # fmt: skip
+    if case.method == "ppo":
+        (work / "worth.py").write_text("def worth(prompts, responses, rows):\n    return [1.0] * len(prompts)\n")
+        told["method"]["reward"] = f"{work / 'worth.py'}:worth"
+        told["generation"] = {"max_new_tokens": case.length - case.length // 3, "temperature": 1.0}
     told |= {"lora": {"r": 16}} if case.kind != "full" else {}
     bits = {"qlora": "load_in_4bit", "qlora8": "load_in_8bit"}.get(case.kind)
     told |= {"quantization": {bits: True}} if bits else {}
     for section, keys in case.more.items():
-        told[section] = {**told.get(section, {}), **keys}
+        own = {key: beside(model, case) if value == BESIDE else value for key, value in keys.items()}
+        told[section] = {**told.get(section, {}), **own}
     path = work / "recipe.yaml"
     path.write_text(json.dumps(told, indent=1), encoding="utf-8")  # JSON is YAML
     return path
+
+
+def beside(model: Path, case: Case) -> str:
+    """The folder of a second model."""
+    folder = model.with_name(f"{case.shape}-{case.method}")
+    if not (folder / "config.json").exists():
+        write_model(folder, SHAPES[case.shape], scores=case.method == "ppo")
+    return str(folder)
 
 
 def measure(path: Path) -> dict[str, Any]:
@@ -232,6 +276,11 @@ def measure(path: Path) -> dict[str, Any]:
     job.policy.train()
     live = Live()
     live.adopt(job)
+    for thing in gc.get_objects():  # reward models are in no module of the job
+        if issubclass(type(thing), torch.nn.Module):
+            for weight in (*thing._parameters.values(), *thing._buffers.values()):
+                if weight is not None:
+                    live.see(weight)
     before = live.bytes
     with live:
         for step in range(job.total_steps):

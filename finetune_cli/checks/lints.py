@@ -148,6 +148,10 @@ def every_eval(seen: Seen) -> float | None:
 def adapters(seen: Seen) -> Iterator[Found]:
     if seen.facts.kind == "adapter" and seen.recipe.lora is not None:
         yield Found("lora", "model.name_or_path is an adapter, which goes on with its own settings")
+    if seen.recipe.model.starting_adapter == "merge" and seen.facts.kind != "merged":
+        yield Found(
+            "model.starting_adapter", "model.name_or_path is no adapter: there is nothing to merge", "remove it"
+        )
 
 
 INITS = ("gaussian", "pissa", "olora", "orthogonal")

@@ -157,7 +157,7 @@ RULES: tuple[Rule, ...] = (
         "error",
         "Tokens added for a template have no trained embedding, or none at all; under LoRA they stay random and "
         "are not saved (peft 1300, 2898, LF 7997). A marker that is no token at all cannot stop inference either.",
-        "use the tokenizer and the chat template that belong to the model",
+        "use the tokenizer and the chat template that belong to the model, or name the tokens in model.new_tokens",
         model=model.vocabulary,
         rows=rows.split_marker,
     ),
@@ -363,7 +363,7 @@ RULES: tuple[Rule, ...] = (
         "an adapter on an adapter",
         "error",
         "A starting adapter goes on with its own rank and layers; `lora:` would be a second one.",
-        "remove lora:",
+        "remove lora: to train it further, or set model.starting_adapter: merge to start anew on it",
         lint=lints.adapters,
     ),
     Rule(

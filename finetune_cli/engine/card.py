@@ -22,7 +22,7 @@ def card(plan: Plan, report: Mapping[str, Any], *, adapted: bool) -> str:
         f"{kind} `{name}`, trained with {method.name} on {report['rows']['kept']} rows "
         f"({report['tokens']['trained']} trained tokens, {report['steps']} steps of "
         f"{plan.resolved.global_batch_size} rows). The weights are those of step {report['result']['step']} "
-        f"({report['result']['is']}).\n\n{table}{settings(plan)}"
+        f"({report['result']['is']}).\n\n{beside(plan, adapted=adapted)}{table}{settings(plan)}"
     )
 
 
@@ -36,7 +36,7 @@ def front_matter(plan: Plan, *, adapted: bool) -> str:
         "model_name": plan.run.name,
     }
     base = plan.facts.base or plan.recipe.model.name_or_path
-    if on_hub(base):
+    if on_hub(base) and plan.facts.kind != "merged":
         told |= {"base_model": base, "base_model_relation": "adapter" if adapted else "finetune"}
     rows = [source.path for source in plan.recipe.data.train if on_hub(source.path)]
     told |= {"datasets": rows} if rows else {}
@@ -52,6 +52,15 @@ def on_hub(name: str) -> bool:
 def base_name(plan: Plan) -> str:
     base = plan.facts.base or plan.recipe.model.name_or_path
     return base if on_hub(base) else Path(base.removeprefix(BUILTIN)).name
+
+
+def beside(plan: Plan, *, adapted: bool) -> str:
+    """What else is needed, where the base is no model that others have."""
+    if plan.facts.kind != "merged":
+        return ""
+    start = Path(plan.recipe.model.name_or_path).name
+    place = " That base is in the folder `base`: load it first, and the adapter on it." if adapted else ""
+    return f"Before training, the adapter `{start}` was merged into `{base_name(plan)}`.{place}\n\n"
 
 
 def numbers(report: Mapping[str, Any]) -> str:

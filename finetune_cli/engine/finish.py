@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from finetune_cli.engine import memory
 from finetune_cli.engine.card import card
 from finetune_cli.engine.health import counted
 from finetune_cli.engine.job import Job
@@ -12,7 +13,7 @@ from finetune_cli.engine.lora import sizes
 from finetune_cli.engine.manifest import MANIFEST, PREFIX, flush, whole, write_text
 from finetune_cli.log import to_json
 from finetune_cli.plan.footprint import Estimate
-from finetune_cli.plan.memory import estimate, extent, setup
+from finetune_cli.plan.memory import estimate
 
 NOT_THE_RESULT = (MANIFEST, "trainer_state.json")
 
@@ -78,15 +79,8 @@ def make_report(job: Job, progress: Progress, step: int) -> dict[str, Any]:
 
 def estimated(job: Job) -> Estimate | None:
     """What one process was expected to need for its largest forward; None where the configuration says too little."""
-    fullest = max(job.own_batches(), key=lambda rows: sum(row.length for row in rows))
-    if job.experience is not None:
-        fullest = job.experience.imagined(fullest)
-    found = setup(job.plan, extent(fullest, padded=job.padded_because is not None))
+    found = memory.setup_of(job, max(job.own_batches(), key=lambda rows: sum(row.length for row in rows)))
     return estimate(found) if found is not None else None
-
-
-LIBRARIES_GIB = 0.6
-"""What a process on a CPU holds before its first tensor: Python, torch, transformers and what they open."""
 
 
 def estimated_gib(job: Job) -> float | None:
@@ -94,7 +88,7 @@ def estimated_gib(job: Job) -> float | None:
     found = estimated(job)
     if found is None:
         return None
-    return job.world * (found.gib + (LIBRARIES_GIB if job.device.type == "cpu" else 0.0))
+    return job.world * (found.gib + (memory.LIBRARIES_GIB if job.device.type == "cpu" else 0.0))
 
 
 def why(job: Job, step: int, progress: Progress) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from finetune_cli.engine.manifest import MANIFEST, PREFIX
+from finetune_cli.engine.manifest import BASE, MANIFEST, PREFIX
 from finetune_cli.errors import MachineError, Problem
 from finetune_cli.log import LOGGER
 from finetune_cli.recipe.sections import Save
@@ -131,6 +131,12 @@ def resuming_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
+def result_files(run: Path) -> dict[str, list[Path]]:
+    """By folder of the repository; a base that a starting adapter was merged into is nowhere else."""
+    base = run / BASE
+    return {".": list(model_files(run))} | ({BASE: list(model_files(base))} if base.is_dir() else {})
+
+
 def stage(run: Path, label: str, parts: dict[str, list[Path]]) -> Path:
     """Link files aside, by folder of the repository; texts are copied without the places of this machine."""
     target = run / STAGE / f"{label}-{time.monotonic_ns()}"
@@ -218,7 +224,7 @@ class Pusher:
     def finished(self) -> str | None:
         """The result is in the run folder: upload it, wait, and say what failed."""
         message = "the result"
-        self._take("result", {".": list(model_files(self.run))}, message, newest_alone=self.strategy == "every_save")
+        self._take("result", result_files(self.run), message, newest_alone=self.strategy == "every_save")
         with self._change:
             self._closed = True
             self._change.notify_all()
@@ -261,9 +267,9 @@ class Pusher:
 
 def push(run: Path, repository: Repository, *, tell: Callable[[str], None]) -> None:
     """The result of a finished run, now. Raises MachineError where it fails for good."""
-    staged = stage(run, "push", {".": list(model_files(run))})
+    staged = stage(run, "push", result_files(run))
     try:
-        tell(f"uploading {sum(f.stat().st_size for f in staged.iterdir()) / 1e6:,.0f} MB to {repository.url}")
+        tell(f"uploading {sum(f.stat().st_size for f in staged.rglob('*')) / 1e6:,.0f} MB to {repository.url}")
         upload(api(), repository, staged, "the result")
     except failures() as error:
         raise MachineError(f"the upload failed: {first(error)}", "Try again with the same command.") from error

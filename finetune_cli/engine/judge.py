@@ -68,7 +68,12 @@ def shares(location: models.Location, job: "Job", actor: Actor) -> bool:
 
     own = models.locate(job.recipe.model, base_of_adapter=job.plan.facts.base)
     plain: Any = PeftConfig.from_pretrained(location.adapter)
-    return own.name == location.name and plain.peft_type == "LORA" and plain.init_lora_weights in PLAIN
+    return (
+        own.merge is None
+        and own.name == location.name
+        and plain.peft_type == "LORA"
+        and plain.init_lora_weights in PLAIN
+    )
 
 
 def add_adapter(actor: Actor, folder: str, name: str) -> None:

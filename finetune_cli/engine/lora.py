@@ -1,6 +1,6 @@
 """Adapters: attaching them, computing them at less cost, and counting what is trained."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -10,18 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune_cli.errors import ModelError
-from finetune_cli.recipe.sections import Lora
+from finetune_cli.recipe.sections import Lora, Recipe
 
 
-def attach(model: Any, lora: Lora, *, classifies: bool = False) -> Any:
+def attach(model: Any, lora: Lora, *, classifies: bool = False, tokens: Sequence[int] = ()) -> Any:
     """The model with fresh adapters in float32, on the layers that `target_modules` names; a classifier's head is
-    trained and saved with them.
+    trained and saved with them, and so are the rows of `tokens` in embedding and head.
 
     Raises ModelError where it names none.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    config = LoraConfig(task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM, **lora.model_dump())
+    told = {**lora.model_dump(), "trainable_token_indices": rows_by_layer(model, tokens)}
+    config = LoraConfig(task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM, **told)
     try:
         return get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:  # peft: no layer matches
@@ -30,6 +31,37 @@ def attach(model: Any, lora: Lora, *, classifies: bool = False) -> Any:
             f"lora.target_modules {lora.target_modules!r} fits no layer: {error}",
             f"The linear layers of this model are called {', '.join(names)}; all-linear takes them all.",
         ) from error
+
+
+def rows_by_layer(model: Any, tokens: Sequence[int]) -> dict[str, list[int]] | None:
+    """The rows of `tokens` under the names of the layers that hold them; a head that is tied has none of its own."""
+    if not tokens:
+        return None
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    return {names[id(layer)]: [*tokens] for layer in layers}
+
+
+def tokens_of(recipe: Recipe, tokenizer: Any) -> list[int]:
+    """Ids of the tokens whose rows are trained beside adapters: those that are new, and those that are named.
+
+    Raises ModelError for a text that is no token, or an id that there is not.
+    """
+    lora, found = recipe.lora, dict[int, None]()
+    saved = (lora.modules_to_save or []) if lora is not None else []
+    if lora is None or "embed_tokens" in saved:
+        return []
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    for token in (*(recipe.model.new_tokens or ()), *(lora.trainable_token_indices or ())):
+        number = vocabulary.get(token) if isinstance(token, str) else token
+        if number is None or not 0 <= number <= max(vocabulary.values()):
+            raise ModelError(
+                f"lora.trainable_token_indices: {token!r} is no token of the tokenizer",
+                "Name a token as the vocabulary has it, or add it with model.new_tokens.",
+            )
+        found[number] = None
+    return list(found)
 
 
 def sizes(model: nn.Module) -> tuple[int, int]:

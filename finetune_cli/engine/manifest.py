@@ -16,6 +16,8 @@ from typing import Any
 from finetune_cli.log import LOGGER
 
 MANIFEST = "manifest.json"
+BASE = "base"
+"""Folder of the base that a starting adapter was merged into."""
 PREFIX = "checkpoint-"
 WRITING, REPLACED, REMOVED = ".writing", ".replaced", ".removed"
 """Endings of folders that are no checkpoint yet, for a moment, and no more."""

@@ -1,12 +1,6 @@
-"""Memory and disk: what a run is estimated to need, what it used, and what to change where that is too much.
-
-Activations are those of Korthikanti et al. 2022 (arXiv 2205.05198, eq. 2): 34 bytes for each token, hidden unit and
-layer in a 16-bit format, without the attention scores, which no kernel here keeps; 2 bytes where layers are computed
-again (eq. 5), plus one layer in full.
-"""
+"""Memory and disk: what a run needs beside what there is, and what to change where that is too much."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,58 +9,32 @@ import torch
 
 from finetune_cli.engine import manifest
 from finetune_cli.errors import MachineError, TrainError
+from finetune_cli.plan.footprint import Estimate, Setup
+from finetune_cli.plan.memory import estimate, extent, knobs, setup
 from finetune_cli.types import Row
 
 if TYPE_CHECKING:
     from finetune_cli.engine.job import Job
 
 GIB = 2**30
-KEPT, KEPT_AGAIN = 34, 2
-"""Bytes of activations for a token, hidden unit and layer at 16 bits: all of them kept, or computed again."""
-GRADIENT, MOMENTS = 4, 8
-"""Bytes for a trained weight: its float32 gradient, and the two float32 moments of Adam."""
+MOMENTS = 8
+"""Bytes of the two float32 moments of Adam for a trained weight."""
+LIBRARIES_GIB = 0.6
+"""What a process on a CPU holds before its first tensor: Python, torch, transformers and what they open."""
+WAYS = ("half of train.per_device_train_batch_size", "train.gradient_checkpointing: true", "half of data.max_length")
+"""For a model whose memory cannot be estimated."""
 CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes of one process."""
-
-    weights: int
-    training: int
-    """Gradients and the optimiser's state."""
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.training + self.activations
-
-    def __str__(self) -> str:
-        return (
-            f"{gib(self.total)} (weights {gib(self.weights)}, gradients and optimiser {gib(self.training)}, "
-            f"activations {gib(self.activations)})"
-        )
 
 
 def gib(size: float) -> str:
     return f"{size / GIB:.3g} GiB"
 
 
-def estimate(job: "Job", tokens: int, *, again: bool) -> Estimate:
-    """With forwards of `tokens` tokens; `again`: layers are computed again in backward."""
-    parameters = list(job.policy.parameters())
-    trained = sum(p.numel() for p in job.trained)
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    return Estimate(weights, (GRADIENT + MOMENTS) * trained, activations(job, tokens, again=again))
-
-
-def activations(job: "Job", tokens: int, *, again: bool) -> int:
-    config = job.generator.config.get_text_config()
-    width = 2 if job.plan.resolved.precision == "fp32" else 1
-    layer = tokens * config.hidden_size * width
-    if not again:
-        return int(KEPT * layer * config.num_hidden_layers)
-    return int(layer * (KEPT_AGAIN * config.num_hidden_layers + KEPT))
+def setup_of(job: "Job", rows: list[Row]) -> Setup | None:
+    """What memory depends on in a forward of `rows`; prompts that are answered have answers as long as they may be."""
+    whole = rows if job.experience is None or any(row.branches for row in rows) else job.experience.imagined(rows)
+    spread = extent(whole, padded=job.padded_because is not None)
+    return setup(job.plan, spread, config=job.generator.config.to_dict(), batch=job.schedule.per_device_batch_size)
 
 
 def is_exhausted(error: BaseException) -> bool:
@@ -79,36 +47,26 @@ def is_exhausted(error: BaseException) -> bool:
 
 def answer(job: "Job", step: int, rows: list[Row], error: BaseException) -> TrainError:
     """Out of memory in a step whose largest forward computes `rows`: estimated, measured, and three ways out."""
-    tokens, again = sum(row.length for row in rows), job.plan.resolved.gradient_checkpointing
-    found = estimate(job, tokens, again=again)
+    found = setup_of(job, rows)
+    tokens = sum(row.length for row in rows) if found is None else found.rows.tokens
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    peak, room = gib(job.memory_gib() * GIB), gib(available(job))
-    return TrainError(
-        f"out of memory in step {step}, {len(rows)} rows of together {tokens} tokens in a forward\n"
-        f"  estimated {found}\n  measured {peak} at its peak, of {room}\n  {said}",
-        "\n  ".join(["Any of these makes room:", *knobs(job, rows, found)]),
-    )
+    lines = [f"out of memory in step {step}, {len(rows)} rows of together {tokens} tokens in a forward"]
+    if found is not None:
+        lines.append(f"estimated {told(job, estimate(found))}")
+    lines += [f"measured {gib(job.memory_gib() * GIB)} at its peak, of {gib(available(job))}", said]
+    ways = [f"{knob.setting} (saves about {gib(knob.saving * GIB)})" for knob in (knobs(found)[:3] if found else ())]
+    return TrainError("\n  ".join(lines), "\n  ".join(["Any of these makes room:", *(ways or WAYS)]))
 
 
-def knobs(job: "Job", rows: list[Row], found: Estimate) -> list[str]:
-    """The three changes that save most, with their saving."""
-    tokens, again, recipe = sum(row.length for row in rows), job.plan.resolved.gradient_checkpointing, job.recipe
-    ways: list[tuple[int, str]] = []
-    if len(rows) > 1:
-        half = max(1, len(rows) // 2)
-        saved = found.activations - found.activations * half // len(rows)
-        ways.append((saved, f"train.per_device_train_batch_size: {half} with the same train.global_batch_size"))
-    if not again:
-        saved = found.activations - activations(job, tokens, again=True)
-        ways.append((saved, "train.gradient_checkpointing: true, about a third slower"))
-    longest = max(row.longest for row in rows)
-    ways.append((found.activations // 2, f"data.max_length: {max(1, longest // 2)}, if rows may be cut or dropped"))
-    if recipe.lora is None:
-        ways.append((found.training * 97 // 100, "lora: {}, which trains some hundredths of the weights"))
-    elif recipe.quantization is None:
-        ways.append((found.weights * 7 // 10, "quantization: {load_in_4bit: true}"))
-    ways.sort(key=lambda way: -way[0])
-    return [f"{text} (saves about {gib(saved)})" for saved, text in ways[:3]]
+def told(job: "Job", found: Estimate) -> str:
+    """The whole and its largest parts; on a CPU with the libraries, as what is measured is the resident set."""
+    libraries = LIBRARIES_GIB * GIB if job.device.type == "cpu" else 0.0
+    parts = sorted(found.lines, key=lambda line: -line.bytes)[:4]
+    named = [
+        *(f"{line.what} {gib(line.bytes)}" for line in parts),
+        *([f"libraries {gib(libraries)}"] * bool(libraries)),
+    ]
+    return f"{gib(found.peak + libraries)} ({', '.join(named)})"
 
 
 def available(job: "Job") -> int:

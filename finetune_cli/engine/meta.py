@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from finetune_cli.checks.rule import Weights
-from finetune_cli.engine import lora
+from finetune_cli.engine import lora, models
 from finetune_cli.engine.models import HUB_HINT, Location, _first
 from finetune_cli.errors import ModelError
 from finetune_cli.plan.facts import shapes
@@ -20,6 +20,11 @@ def look(recipe: Recipe, location: Location) -> Weights:
     """Sizes by the configuration, on the meta device. Raises ModelError where there is no usable configuration."""
     model = empty(location)
     embedding = model.get_input_embeddings().weight.shape[0]
+    tokens: list[int] = []
+    if models.learns_tokens(recipe):
+        tokens = lora.tokens_of(recipe, models.load_tokenizer(recipe.model, location))
+    if recipe.model.new_tokens or (location.adapter is not None and models.brings_tokens(location.adapter)):
+        embedding = max(embedding, len(models.load_tokenizer(recipe.model, location)))
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # not every family names one
     inside = linear_layers(model)
     linear = tuple(dict.fromkeys(name.rpartition(".")[2] for name in inside))
@@ -31,7 +36,9 @@ def look(recipe: Recipe, location: Location) -> Weights:
     elif recipe.lora is not None:
         try:
             # pissa and the like would decompose the weights, which are not there
-            wrapped = lora.attach(model, recipe.lora.model_copy(update={"init_lora_weights": False}))
+            rows = model.get_input_embeddings().weight.shape[0]
+            known = [token for token in tokens if token < rows]
+            wrapped = lora.attach(model, recipe.lora.model_copy(update={"init_lora_weights": False}), tokens=known)
         except ModelError as error:
             refused = f"{error.message}; {error.hint}"
     trained, total = lora.sizes(wrapped)

@@ -1,19 +1,22 @@
 """Models and tokenizers, loaded as the plan says."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from finetune_cli.data import builtin
 from finetune_cli.engine import lora
+from finetune_cli.engine.manifest import BASE
 from finetune_cli.errors import ModelError
 from finetune_cli.log import LOGGER
 from finetune_cli.plan.resolve import Plan
-from finetune_cli.recipe.sections import Model
+from finetune_cli.recipe.sections import Model, Recipe
 from finetune_cli.types import Row
 
 
@@ -24,6 +27,8 @@ class Location:
     name: str
     kwargs: dict[str, Any]
     adapter: str | None = None
+    merge: str | None = None
+    """An adapter that becomes part of the model before anything else (`merged_base`)."""
 
 
 def locate(model: Model, *, base_of_adapter: str | None = None) -> Location:
@@ -40,6 +45,8 @@ def locate(model: Model, *, base_of_adapter: str | None = None) -> Location:
     if (Path(name) / "adapter_config.json").exists():
         if base_of_adapter is None:
             raise ModelError(f"the adapter {name} does not say which model it belongs to", "Name a model folder.")
+        if model.starting_adapter == "merge":
+            return Location(base_of_adapter, kwargs, merge=name)
         return Location(base_of_adapter, kwargs, adapter=name)
     return Location(name, kwargs)
 
@@ -49,14 +56,17 @@ def load_tokenizer(model: Model, location: Location) -> Any:
     from transformers import AutoTokenizer
 
     name, kwargs = location.name, location.kwargs
-    if location.adapter is not None and (Path(location.adapter) / "tokenizer_config.json").exists():
-        name, kwargs = location.adapter, {"trust_remote_code": model.trust_remote_code}
+    adapter = location.adapter or location.merge
+    if adapter is not None and (Path(adapter) / "tokenizer_config.json").exists():
+        name, kwargs = adapter, {"trust_remote_code": model.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the tokenizer of {name} cannot be loaded: {_first(error)}", HUB_HINT) from error
     if model.chat_template is not None:
         tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
+    if model.new_tokens:
+        tokenizer.add_tokens(model.new_tokens, special_tokens=True)
     return tokenizer
 
 
@@ -74,19 +84,37 @@ def load_stock(plan: Plan, location: Location, dtype: torch.dtype) -> Any:
     labels = plan.recipe.method.labels()
     kind = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     stock = "eager" if plan.resolved.attn_implementation == "eager" else "sdpa"
-    kwargs = {**location.kwargs, "dtype": dtype, "attn_implementation": stock, **quantised(plan)}
-    kwargs |= {} if labels is None else {"num_labels": labels}
+    name = location.name if location.merge is None else str(merged_base(plan, location))
+    kwargs = {**(location.kwargs if location.merge is None else {}), "dtype": dtype, "attn_implementation": stock}
+    kwargs |= quantised(plan) | ({} if labels is None else {"num_labels": labels})
     try:
-        model = kind.from_pretrained(location.name, **kwargs)
+        model = kind.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{location.name} cannot be loaded: {_first(error)}", HUB_HINT) from error
+        raise ModelError(f"{name} cannot be loaded: {_first(error)}", HUB_HINT) from error
     if "gguf_file" in location.kwargs:
         forget_quantisation(model)
     for layer in model.modules():  # bitsandbytes would repack the weights for a CPU's inference, in place, for good
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
+    if plan.recipe.model.new_tokens or (location.adapter is not None and brings_tokens(location.adapter)):
+        make_room(model, load_tokenizer(plan.recipe.model, location))
     return model
+
+
+def make_room(model: Any, tokenizer: Any) -> None:
+    """A row of the embedding for every token; new rows are drawn around the mean of the others."""
+    wanted = max(tokenizer.get_vocab().values()) + 1
+    if wanted > model.get_input_embeddings().weight.shape[0]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same in every process and at every load
+            model.resize_token_embeddings(wanted)
+
+
+def brings_tokens(adapter: str) -> bool:
+    """Whether rows of the embedding were trained and saved with an adapter."""
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    return bool(config.get("trainable_token_indices")) or "embed_tokens" in (config.get("modules_to_save") or [])
 
 
 def quantised(plan: Plan) -> dict[str, Any]:
@@ -100,6 +128,58 @@ def quantised(plan: Plan) -> dict[str, Any]:
     told = {**asked.model_dump(), "bnb_4bit_compute_dtype": plan.resolved.bnb_4bit_compute_dtype}
     told |= {} if plan.recipe.method.labels() is None else {"llm_int8_skip_modules": ["score"]}
     return {"quantization_config": BitsAndBytesConfig(**told), "device_map": {"": PartialState().device}}
+
+
+def merged_base(plan: Plan, location: Location) -> Path:
+    """The folder, in the run's, of the base that the starting adapter has become part of. It is made by the process
+    that comes first, in float32 and rounded once, whatever it is quantised to afterwards; a run that goes on finds it.
+    """
+    folder = plan.run / BASE
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "config.json").is_file():
+            write_merged(plan, location, folder)
+            LOGGER.info("the starting adapter is merged into its base, which is kept in %s", folder)
+    return folder
+
+
+def write_merged(plan: Plan, location: Location, folder: Path) -> None:
+    """Raises ModelError where a language model is asked for and the adapter is one of a classifier."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    assert location.merge is not None
+    classifies, labels = is_classifier(location.merge), plan.recipe.method.labels()
+    if classifies and labels is None:
+        raise ModelError(f"the adapter {location.merge} is one of a sequence classifier", "Name a language model's.")
+    dtype = getattr(torch, plan.resolved.dtype)
+    kind, more = (
+        (AutoModelForSequenceClassification, {"num_labels": labels}) if classifies else (AutoModelForCausalLM, {})
+    )
+    try:
+        base = kind.from_pretrained(location.name, dtype=dtype, **location.kwargs, **more)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{location.name} cannot be loaded: {_first(error)}", HUB_HINT) from error
+    if "gguf_file" in location.kwargs:
+        forget_quantisation(base)
+    if brings_tokens(location.merge):
+        make_room(base, load_tokenizer(plan.recipe.model, location))
+    base.float()
+    made: Any = PeftModel.from_pretrained(base, location.merge).merge_and_unload()
+    untie(made)
+    beside = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    made.to(dtype).save_pretrained(beside)
+    load_tokenizer(plan.recipe.model, location).save_pretrained(beside)
+    beside.rename(folder)
+
+
+def untie(model: Any) -> None:
+    """Where embedding and head have become two, the configuration says so; else one of them would be lost."""
+    head, text = model.get_output_embeddings(), model.config.get_text_config()
+    if head is not None and getattr(text, "tie_word_embeddings", False):
+        embedding = model.get_input_embeddings().weight
+        if head.weight.data_ptr() != embedding.data_ptr() and not torch.equal(head.weight, embedding):
+            model.config.tie_word_embeddings = text.tie_word_embeddings = False
 
 
 def forget_quantisation(model: Any) -> None:
@@ -128,7 +208,8 @@ def load_policy(plan: Plan, location: Location) -> Any:
         model = PeftModel.from_pretrained(model, location.adapter, is_trainable=True, autocast_adapter_dtype=True)
     elif recipe.lora is not None:
         torch.manual_seed(recipe.seed)  # the adapters' own draw, whatever was drawn before
-        model = lora.attach(model, recipe.lora, classifies=classifies)
+        tokens = lora.tokens_of(recipe, load_tokenizer(recipe.model, location)) if learns_tokens(recipe) else []
+        model = lora.attach(model, recipe.lora, classifies=classifies, tokens=tokens)
     for p in model.parameters():
         if p.requires_grad:  # peft leaves modules that are trained in full as they were loaded
             p.data = p.data.float()
@@ -136,6 +217,10 @@ def load_policy(plan: Plan, location: Location) -> Any:
     if plan.resolved.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def learns_tokens(recipe: Recipe) -> bool:
+    return bool(recipe.model.new_tokens or (recipe.lora is not None and recipe.lora.trainable_token_indices))
 
 
 def is_classifier(adapter: str) -> bool:
@@ -166,8 +251,10 @@ def declared_stops(location: Location, tokenizer: Any) -> list[int]:
 
     if "gguf_file" in location.kwargs:
         return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    brought = location.merge is not None and (Path(location.merge) / "generation_config.json").is_file()
+    told = (location.merge, {}) if brought else (location.name, _revision(location))
     try:
-        declared = GenerationConfig.from_pretrained(location.name, **_revision(location)).eos_token_id
+        declared = GenerationConfig.from_pretrained(told[0], **told[1]).eos_token_id
     except OSError:  # a model need not have one
         declared = None
     ids = [] if declared is None else declared if isinstance(declared, list) else [declared]

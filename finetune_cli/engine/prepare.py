@@ -270,5 +270,5 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
     if highest >= rows:
         raise ModelError(
             f"the tokenizer has ids up to {highest}, the model's embedding has {rows} rows",
-            "Use the tokenizer that belongs to the model; adding tokens comes with a later version.",
+            "Use the tokenizer that belongs to the model, or name its further tokens in model.new_tokens.",
         )

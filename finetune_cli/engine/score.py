@@ -31,7 +31,7 @@ class Head:
 
     @property
     def vocabulary(self) -> int:
-        return int(next(self.layer.parameters()).shape[0])
+        return max(int(p.shape[0]) for p in self.layer.parameters())  # an adapter's own are narrower
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """[N, D] -> [N, V], float32."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from finetune_cli.errors import ModelError
+from finetune_cli.recipe.sections import Model
 from finetune_cli.spec import Spec
 
 
@@ -11,12 +12,19 @@ class Facts(Spec):
     """Facts about `model.name_or_path`."""
 
     kind: str
-    """folder | adapter | gguf | builtin | hub"""
+    """folder | adapter | merged | gguf | builtin | hub. Merged: an adapter that becomes part of its base first."""
     model_type: str | None = None
     parameters: int | None = None
     """Number of weights, where the folder tells."""
     base: str | None = None
     """The model under an adapter."""
+
+
+def of(model: Model) -> Facts:
+    """Raises ModelError for a path that is not there or is no model."""
+    found = look(model.name_or_path)
+    merged = found.kind == "adapter" and model.starting_adapter == "merge"
+    return found.model_copy(update={"kind": "merged"}) if merged else found
 
 
 def look(name: str) -> Facts:

@@ -104,6 +104,12 @@ class Setup:
     attention: str = "sdpa"
     drawn: Drawn | None = None
     """Answers that a method draws itself; it then has a critic beside its policy."""
+    judges: float = 0.0
+    """Bytes of reward models."""
+    batch: int = 1
+    """Rows, pairs or bins in a forward."""
+    tokens: int = 0
+    """Whose rows of embedding and head are trained beside adapters."""
 
     @property
     def full(self) -> bool:
@@ -115,7 +121,7 @@ class Setup:
         return WIDE if self.full else self.frozen
 
     def adapts(self, linear: Linear) -> bool:
-        return self.lora is not None and _named(self.lora.target_modules, linear.name)
+        return self.lora is not None and adapted(self.lora, linear)
 
     def trains(self, linear: Linear) -> bool:
         """In full, alone or beside the adapters."""
@@ -155,9 +161,35 @@ def adapter_weights(s: Setup) -> int:
     """Of all layers; a head with an adapter too."""
     if s.lora is None:
         return 0
-    adapted = [linear for linear in s.shape.linears() if s.adapts(linear)]
-    each = sum(s.lora.r * (one.wide_in + one.wide_out) + one.wide_out * s.lora.use_dora for one in adapted)
-    return s.shape.layers * each + head_adapter(s)
+    return adapter_weights_of(s.shape, s.lora)
+
+
+def adapter_weights_of(shape: Shape, lora: Lora) -> int:
+    """Of all layers that get adapters; a head with one too."""
+    each = sum(
+        rank(lora, one) * (one.wide_in + one.wide_out) + one.wide_out * lora.use_dora
+        for one in shape.linears()
+        if adapted(lora, one)
+    )
+    head = lora.r * (shape.hidden + shape.vocabulary) if _named(lora.target_modules, "lm_head") else 0
+    return blocks(shape, lora) * each + head
+
+
+def blocks(shape: Shape, lora: Lora) -> int:
+    """How many of the blocks get adapters."""
+    chosen = lora.layers_to_transform
+    return shape.layers if chosen is None else len([n for n in set(chosen) if n < shape.layers])
+
+
+def adapted(lora: Lora, linear: Linear) -> bool:
+    excluded = lora.exclude_modules is not None and _named(lora.exclude_modules, linear.name)
+    return _named(lora.target_modules, linear.name) and not excluded
+
+
+def rank(lora: Lora, linear: Linear) -> int:
+    """That of the layer's own pattern, as peft finds it: a whole name or its end."""
+    name = f"model.layers.0.x.{linear.name}"
+    return next((r for key, r in lora.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name)), lora.r)
 
 
 def head_adapter(s: Setup) -> int:
@@ -176,7 +208,8 @@ def policy_weights(s: Setup) -> int:
     saved = s.lora.modules_to_save or []
     whole = sum(one.weights for one in s.shape.linears() if one.name in saved) * s.shape.layers
     whole += s.shape.embedding * sum(name in ("lm_head", "embed_tokens") for name in saved)
-    return adapter_weights(s) + whole + s.shape.hidden * (s.labels or 0)
+    rows = s.shape.hidden * s.tokens * (1 if s.shape.tied else 2)
+    return adapter_weights(s) + whole + rows + s.shape.hidden * (s.labels or 0)
 
 
 def frozen_bytes(s: Setup) -> float:
@@ -227,8 +260,9 @@ def kept_by_linears(s: Setup) -> float:
     inputs: dict[str, int] = {}
     for linear in s.shape.linears():
         if s.lora is not None and s.adapts(linear):
-            cast = 0 if c == WIDE else c * s.lora.r * (linear.wide_in + linear.wide_out)
-            total += t * c * s.lora.r + cast
+            r = rank(s.lora, linear)
+            cast = 0 if c == WIDE else c * r * (linear.wide_in + linear.wide_out)
+            total += t * c * r + cast
             if s.plain(linear):
                 inputs[linear.input] = linear.wide_in
             else:  # peft's chain: a copy of the input for each layer, and what dropout keeps of it

@@ -3,11 +3,12 @@
 Measured against the live bytes of real steps by `scripts/measure_memory.py`; the grid is in `benchmarks/`. No torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from finetune_cli.methods.online import Online
 from finetune_cli.plan.footprint import (
     BYTES,
     GIB,
@@ -17,6 +18,7 @@ from finetune_cli.plan.footprint import (
     Line,
     Rows,
     Setup,
+    adapter_weights_of,
     drawing,
     frozen_bytes,
     head_adapter,
@@ -28,7 +30,7 @@ from finetune_cli.plan.footprint import (
 )  # fmt: skip
 from finetune_cli.plan.resolve import Plan
 from finetune_cli.plan.shape import Shape, config_of, read_json
-from finetune_cli.recipe.sections import Lora, Quantization
+from finetune_cli.recipe.sections import Lora, Quantization, Recipe
 from finetune_cli.types import Row
 
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**26}
@@ -54,6 +56,9 @@ def head_room(s: Setup) -> HeadRoom:
     n = max(1, s.rows.targets)
     rows = min(n, max(16, CHUNK_LOGITS["cpu" if s.device == "cpu" else "cuda"] // v))
     trained = s.full or head_adapter(s) or "lm_head" in ((s.lora.modules_to_save if s.lora else None) or [])
+    if s.tokens:  # the head's weight with the trained rows in it, and its gradient, are made for each chunk
+        made_of = n * shape.hidden * s.residual + 3 * rows * v * WIDE
+        return HeadRoom(made_of + s.frozen * shape.embedding, made_of + 3 * s.frozen * shape.embedding)
     if not trained:
         product = 0 if s.frozen == WIDE else s.frozen
         bent = 3 * WIDE if shape.softcap else 0
@@ -104,6 +109,7 @@ def estimate(s: Setup) -> Estimate:
         ("gradients", grads, "float32"),
         ("optimiser state", state, s.optim),
         ("reference", reference_bytes(s) / share, "a second model" if s.second == "model" else "copies"),
+        ("reward models", s.judges, "frozen"),
         ("activations", kept, f"{t:,} tokens" + (", recomputed by layer" if s.checkpointing else "")),
         ("logits and passing tensors", scratch, f"at {moment}"),
     ]
@@ -132,15 +138,10 @@ def longest(plan: Plan) -> Rows:
     method, length = plan.recipe.method, plan.recipe.data.max_length
     if method.answers:
         new, prompts = plan.recipe.generation.max_new_tokens, batch_of(plan)
-        return Rows(segments=answered(length, new, method.answers) * prompts, targets=method.answers * new * prompts)
+        return Rows(segments=spread(length, [new] * method.answers) * prompts, targets=method.answers * new * prompts)
     branches = 1 if method.bin_tokens(length) is not None else method.branches
     segments = [(length, 0)] * (batch_of(plan) * branches)
     return Rows(segments=segments, targets=sum(own for own, _ in segments))
-
-
-def answered(prompt: int, new: int, answers: int) -> list[tuple[int, int]]:
-    """Segments of a prompt with its answers."""
-    return [(prompt + new, 0)] if answers == 1 else [(prompt, 0), *[(new, prompt)] * answers]
 
 
 DRAWN_AT_ONCE = 64
@@ -165,12 +166,40 @@ def extent(rows: Sequence[Row], *, padded: bool) -> Rows:
         return Rows(segments=[(width, 0)] * sum(len(row.branches) for row in rows), targets=targets, padded=True)
     segments: list[tuple[int, int]] = []
     for row in rows:
-        prefix, branches = len(row.prefix), [len(branch.ids) for branch in row.branches]
-        if len(branches) == 1:
-            segments.append((prefix + branches[0], 0))
-        else:
-            segments += [(prefix, 0), *((own, prefix) for own in branches)]
+        segments += spread(len(row.prefix), [len(branch.ids) for branch in row.branches])
     return Rows(segments=segments, targets=targets)
+
+
+def spread(prefix: int, branches: Sequence[int]) -> list[tuple[int, int]]:
+    """The segments of a row."""
+    if len(branches) == 1:
+        return [(prefix + branches[0], 0)]
+    return [(prefix, 0), *((own, prefix) for own in branches)]
+
+
+def judges(plan: Plan) -> float:
+    """Bytes of the reward models that can be read of: an adapter on the policy's base, or a model of its own."""
+    method, total = plan.recipe.method, 0.0
+    if not isinstance(method, Online):
+        return total
+    own = plan.facts.base or plan.recipe.model.name_or_path
+    for source in (reward.source for reward in method.reward):
+        adapter = read_json(Path(source) / "adapter_config.json")
+        base = str(adapter.get("base_model_name_or_path")) if adapter is not None else None
+        config = config_of(source, base=base)
+        shape = Shape.of(config) if config is not None else None
+        if shape is None:
+            continue
+        if adapter is not None:
+            total += WIDE * adapter_weights_of(shape, Lora.model_validate(known_keys(adapter)))
+        total += 0 if base == own else BYTES[plan.resolved.dtype] * (shape.weights - shape.head)
+    return total
+
+
+def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of an adapter's configuration that a recipe has, too."""
+    told = {key: config[key] for key in Lora.model_fields if config.get(key) is not None}
+    return {key: value for key, value in told.items() if key != "trainable_token_indices"}
 
 
 def adapters(plan: Plan) -> Lora | None:
@@ -178,13 +207,18 @@ def adapters(plan: Plan) -> Lora | None:
     if plan.facts.kind != "adapter":
         return plan.recipe.lora
     config = read_json(Path(plan.recipe.model.name_or_path) / "adapter_config.json") or {}
-    return Lora.model_validate({key: config[key] for key in Lora.model_fields if config.get(key) is not None})
+    return Lora.model_validate(known_keys(config))
 
 
-def setup(plan: Plan, rows: Rows | None = None) -> Setup | None:
-    """None where the model's configuration is not on this machine, or is of no kind that is known here."""
+def setup(
+    plan: Plan, rows: Rows | None = None, *, config: Mapping[str, Any] | None = None, batch: int | None = None
+) -> Setup | None:
+    """`batch` is the one that was found where the recipe has `auto`, `config` that of the loaded model.
+    None where there is none and it is not on this machine either, or where it
+    is of no kind that is known here."""
     recipe, resolved = plan.recipe, plan.resolved
-    config = config_of(recipe.model.name_or_path, base=plan.facts.base, revision=recipe.model.revision)
+    if config is None:
+        config = config_of(recipe.model.name_or_path, base=plan.facts.base, revision=recipe.model.revision)
     shape = Shape.of(config) if config is not None else None
     if shape is None:
         return None
@@ -197,7 +231,15 @@ def setup(plan: Plan, rows: Rows | None = None) -> Setup | None:
         checkpointing=resolved.gradient_checkpointing, accumulates=resolved.gradient_accumulation_steps > 1,
         processes=resolved.num_processes, sharded=resolved.strategy != "ddp", labels=recipe.method.labels(),
         second=second, attention=resolved.attn_implementation, drawn=drawn(plan),
+        judges=judges(plan), tokens=learned_tokens(recipe), batch=batch or batch_of(plan),
     )  # fmt: skip
+
+
+def learned_tokens(recipe: Recipe) -> int:
+    """Rows of the embedding that are trained beside adapters."""
+    if recipe.lora is None or "embed_tokens" in (recipe.lora.modules_to_save or []):
+        return 0
+    return len({*(recipe.model.new_tokens or []), *(recipe.lora.trainable_token_indices or [])})
 
 
 GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180)
@@ -229,10 +271,10 @@ def knobs(s: Setup) -> list[Knob]:
     changed: dict[str, Setup] = {}
     if not s.checkpointing:
         changed["train.gradient_checkpointing: true"] = replace(s, checkpointing=True)
-    if len(rows.segments) > 1:
+    if s.batch > 1:
         half = rows.segments[: len(rows.segments) // 2]
         fewer = Rows(segments=half, targets=rows.targets // 2, padded=rows.padded)
-        changed["half of train.per_device_train_batch_size"] = replace(s, rows=fewer)
+        changed[f"train.per_device_train_batch_size: {s.batch // 2}"] = replace(s, rows=fewer)
     halves = [(own // 2, back // 2) for own, back in rows.segments]
     shorter = Rows(segments=halves, targets=rows.targets // 2, padded=rows.padded)
     changed["half of data.max_length"] = replace(s, rows=shorter)

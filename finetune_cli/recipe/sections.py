@@ -25,6 +25,11 @@ class Model(Spec):
     """A hub id, a folder, an adapter folder (its base is loaded with it), a `.gguf` file, or `builtin:NAME`."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    starting_adapter: Literal["continue", "merge"] = "continue"
+    """What becomes of an adapter that `name_or_path` names: it is trained further, or merged into its base, and `lora:`
+    (or the whole model) starts anew on that. The merged base is kept in the run folder, under `base`."""
+    new_tokens: Annotated[list[str], OneOrMany()] | None = None
+    """Tokens that the tokenizer gets beside its own, markers of a chat template say; adapters train their embedding."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the *frozen* weights. `auto` follows `train.precision`; trained weights are float32."""
     attn_implementation: Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"] = "auto"
@@ -48,8 +53,19 @@ class Lora(Spec):
     """Dropout before the adapter."""
     target_modules: str | list[str] = "all-linear"
     """Names, or one regular expression, of the layers that get an adapter."""
+    exclude_modules: str | list[str] | None = None
+    """Names, or one regular expression, of layers that get none although `target_modules` names them."""
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = None
+    """Numbers of the blocks that get adapters, from 0; all where it is not given."""
+    rank_pattern: dict[str, Positive] = {}
+    """Another `r` for layers, by name or regular expression: `{down_proj: 32}`."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Another `lora_alpha` for layers, in the same way."""
     modules_to_save: Annotated[list[str], OneOrMany()] | None = None
     """Layers trained in full and saved with the adapter."""
+    trainable_token_indices: list[int | str] | None = None
+    """Tokens, by id or as they are written, whose rows of embedding and head are trained and saved with the adapter.
+    Those of `model.new_tokens` always are."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (arXiv 2312.03732)."""
     use_dora: bool = False

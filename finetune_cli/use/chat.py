@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from finetune_cli.data.chat import Chat
 from finetune_cli.engine import models
 from finetune_cli.engine.generate import half_copies
+from finetune_cli.engine.manifest import BASE
 from finetune_cli.engine.models import Location
 from finetune_cli.errors import DataError, ModelError
 from finetune_cli.plan import facts
@@ -57,6 +58,8 @@ def find(name: str) -> Target:
         hint = f"Name a checkpoint: {found[-1]}." if found else "It has no checkpoint yet."
         raise DataError(f"{folder} has no result: the run has not come to its end", hint)
     before = models.locate(plan.recipe.model, base_of_adapter=plan.facts.base)
+    if before.merge is not None:
+        before = Location(str(home / BASE), {})
     if (folder / WEIGHTS[0]).exists():
         return Target(Location(before.name, before.kwargs, adapter=str(folder)), before, plan)
     return Target(Location(str(folder), {"trust_remote_code": plan.recipe.model.trust_remote_code}), before, plan)
@@ -110,6 +113,8 @@ class Speaker:
         if location.adapter is not None:
             from peft import PeftModel
 
+            if models.brings_tokens(location.adapter):
+                models.make_room(model, self.tokenizer)
             model = PeftModel.from_pretrained(model, location.adapter)
         if not more:
             model = model.to("cuda" if torch.cuda.is_available() else "cpu")

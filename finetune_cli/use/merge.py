@@ -112,7 +112,7 @@ def write(model: Any, run: Path, words: Words, folder: Path, kind: str) -> None:
     """Model, tokenizer with its template, and the stop tokens, as plain transformers reads them."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    untie(model)
+    models.untie(model)
     model.to(getattr(torch, kind))
     model.config.use_cache = True
     if (run / "generation_config.json").is_file():
@@ -120,15 +120,6 @@ def write(model: Any, run: Path, words: Words, folder: Path, kind: str) -> None:
     model.generation_config.eos_token_id = words.stops if len(words.stops) != 1 else words.stops[0]
     model.save_pretrained(folder, max_shard_size=SHARD)
     AutoTokenizer.from_pretrained(run).save_pretrained(folder)
-
-
-def untie(model: Any) -> None:
-    """Where embedding and head have become two, the configuration says so; else one of them would be lost."""
-    head, text = model.get_output_embeddings(), model.config.get_text_config()
-    if head is not None and getattr(text, "tie_word_embeddings", False):
-        embedding = model.get_input_embeddings().weight
-        if head.weight.data_ptr() != embedding.data_ptr() and not torch.equal(head.weight, embedding):
-            model.config.tie_word_embeddings = text.tie_word_embeddings = False
 
 
 def read_back(plan: Plan, folder: Path) -> Any:

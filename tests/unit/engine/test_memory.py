@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from finetune_cli.engine import fit, memory
 from finetune_cli.engine.loop import train
 from finetune_cli.errors import MachineError, RecipeError, TrainError
+from finetune_cli.plan.memory import estimate, extent, setup
 from tests.helpers import questions
 
 AUTO = {"per_device_train_batch_size": "auto", "global_batch_size": 8}
@@ -106,19 +107,20 @@ def test_out_of_memory_is_answered_with_numbers_and_three_ways(recipe_of, job_of
     assert "measured" in message
     assert "Tried to allocate 2.00 GiB" in message
     assert hint.count("saves about") == 3
-    for knob in ("per_device_train_batch_size: 1", "gradient_checkpointing: true"):
+    for knob in ("train.per_device_train_batch_size: 1", "gradient_checkpointing: true"):
         assert knob in hint
 
 
-def test_estimate_by_hand(recipe_of, job_of):
-    """Two layers of 32 in float32: 34 x 2 bytes a token, unit and layer; 12 bytes a trained weight."""
+def test_the_estimate_of_the_answer_is_that_of_the_plan(recipe_of, job_of):
+    """Of the rows at hand and the loaded model's configuration; the parts add up."""
     job, _ = job_of(recipe_of())
-    trained = sum(p.numel() for p in job.trained)
-    found = memory.estimate(job, 100, again=False)
-    assert found.activations == 34 * 2 * 100 * 32 * 2
-    assert found.training == 12 * trained
-    assert found.weights == 4 * sum(p.numel() for p in job.policy.parameters())
-    assert memory.estimate(job, 100, again=True).activations == 100 * 32 * 2 * (2 * 2 + 34)
+    rows = job.rows_of([0, 1])
+    found = memory.setup_of(job, rows)
+    assert found.rows == extent(rows, padded=False)
+    assert found == setup(job.plan, extent(rows, padded=False))
+    whole = estimate(found)
+    assert whole.peak == sum(line.bytes for line in whole.lines)
+    assert memory.told(job, whole).startswith(memory.gib(whole.peak + 0.6 * 2**30))
 
 
 def test_other_errors_are_not_memory():
