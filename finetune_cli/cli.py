@@ -51,12 +51,14 @@ def validate(
     set_: Sets = None,
     fast: Annotated[bool, typer.Option("--fast", help="Stop before the tokenizer and the rows.")] = False,
     fix: Annotated[bool, typer.Option("--fix", help="First put keys right in the file itself.")] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Load the model and time a few steps.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check everything that needs no weights."""
     from finetune_cli import commands
 
-    raise typer.Exit(commands.validate(recipe, set_ or [], fast=fast, fix=fix, as_json=as_json))
+    code = commands.validate(recipe, set_ or [], fast=fast, fix=fix, calibrate=calibrate, as_json=as_json)
+    raise typer.Exit(code)
 
 
 @app.command("preview-template")

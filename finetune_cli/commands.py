@@ -65,17 +65,21 @@ def planned(recipe: Path, overrides: Sequence[str]) -> tuple[Plan, Loaded, list[
     return remembered(seen.plan), seen.loaded, warnings
 
 
-def validate(recipe: Path, overrides: Sequence[str], *, fast: bool, as_json: bool, fix: bool = False) -> int:
+def validate(
+    recipe: Path, overrides: Sequence[str], *, fast: bool, as_json: bool, fix: bool = False, calibrate: bool = False
+) -> int:
+    if fast and calibrate:
+        raise RecipeError("--fast and --calibrate exclude each other", "Keep one of them.")
     failure: FinetuneError | None = None
     warnings: list[Problem] = []
-    told: dict[str, Any] = {"rows": {}, "weights": {}}
+    told: dict[str, Any] = {"rows": {}, "weights": {}, "run": {}}
     fixed = fix_file(recipe) if fix else None
     if fixed is not None and not as_json:
         show.fixed(recipe, fixed)
     try:
         seen = checked(recipe, overrides, warnings.append)
         if not fast:
-            told = looked_into(seen, warnings.append)
+            told = looked_into(seen, warnings.append, calibrate=calibrate)
     except FinetuneError as error:
         failure = error
     if as_json:
@@ -121,15 +125,20 @@ def fix_file(recipe: Path) -> "Fixed | None":
     return found
 
 
-def looked_into(seen: Seen, note: stages.Note) -> dict[str, Any]:
-    """Tokenizer, configuration and rows, on the trainer's own path: the counts of every set, and the sizes."""
+def looked_into(seen: Seen, note: stages.Note, *, calibrate: bool = False) -> dict[str, Any]:
+    """Tokenizer, configuration and rows, on the trainer's own path: the counts of every set, the sizes, and what the
+    run takes; with `calibrate` its time too, by a few real steps."""
     from finetune_cli import log
+    from finetune_cli.engine import calibrate as clock
     from finetune_cli.engine import preflight
 
     log.setup()
     log.quiet_libraries()
     found = preflight.examine(seen, note)
-    return {"rows": found.sets.summary()["sets"], "weights": preflight.sizes(found)}
+    takes: dict[str, Any] = dict(clock.length(seen.plan, found.sets.train.rows))
+    if calibrate:
+        takes |= clock.calibrate(remembered(seen.plan), found.words, found.sets)
+    return {"rows": found.sets.summary()["sets"], "weights": preflight.sizes(found), "run": takes}
 
 
 def plan(recipe: Path, overrides: Sequence[str], *, as_json: bool) -> int:

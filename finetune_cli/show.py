@@ -70,9 +70,24 @@ def validated(recipe: Path, told: Mapping[str, Any], *, fast: bool, warnings: in
         out.print(escape(f"{name}: {rows_line(report)}"))
     if told["weights"]:
         out.print(escape(f"weights: {weights_line(told['weights'])}"))
+    if told["run"]:
+        out.print(escape(f"run: {takes_line(told['run'])}"))
     stages = "schema, lints and files" if fast else "schema, lints, files, tokenizer and rows"
     count = f", {warnings} warning{'s' * (warnings != 1)}" if warnings else ""
     out.print(f"{escape(str(recipe))}: fine ({stages}){count}")
+
+
+def takes_line(run: Mapping[str, Any]) -> str:
+    """Steps and tokens; where they were measured, time and memory."""
+    said = f"{run['steps']:,} steps, {run['tokens']:,} tokens"
+    if "seconds" not in run:
+        return said
+    estimated = run["estimated_memory_gib"]
+    beside = f" ({estimated:.2f} estimated)" if estimated is not None else ""
+    return (
+        f"{said}; {run['seconds_per_step']:.3g} s a step, {run['seconds'] / 60:.3g} minutes without evaluations, "
+        f"{run['tokens_per_second']:,.0f} tokens/s; {run['peak_memory_gib']:.2f} GiB{beside}"
+    )
 
 
 def weights_line(sizes: Mapping[str, Any]) -> str:

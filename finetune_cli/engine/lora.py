@@ -67,7 +67,8 @@ def tokens_of(recipe: Recipe, tokenizer: Any) -> list[int]:
 def sizes(model: nn.Module) -> tuple[int, int]:
     """(trained weights, all weights)."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for p in model.parameters())
+    states = ((p, getattr(p, "quant_state", None)) for p in model.parameters())
+    return trained, sum(p.numel() if state is None else state.shape.numel() for p, state in states)  # 4 bits: 2 a byte
 
 
 class Adapted(torch.autograd.Function):

@@ -106,14 +106,7 @@ def build(
     policy, optimizer = acc.prepare(role, optimizer)
     rows = sets.train
     units = make_units(rows.rows, recipe, padded_because)
-    size = recipe.train.per_device_train_batch_size
-    schedule = Schedule(
-        lengths=[sum(row.length for row in unit) for unit in units],
-        global_batch_size=plan.resolved.global_batch_size,
-        per_device_batch_size=1 if size == "auto" else size,
-        seed=recipe.seed,
-        shuffle=recipe.data.shuffle,
-    )
+    schedule = schedule_of(plan, units)
     asked = recipe.method.steps_in_all(plan.resolved.global_batch_size)
     total = asked or total_steps(schedule.steps_per_epoch, recipe.train.num_train_epochs, recipe.train.max_steps)
     job = Job(
@@ -160,6 +153,18 @@ def role_for(plan: Plan, location: models.Location, model: Any) -> Backbone:
     if critic is not None:
         layout.choose(critic, recipe.model)
     return Actor(model, critic=critic, temperature=recipe.generation.temperature)
+
+
+def schedule_of(plan: Plan, units: list[list[Row]]) -> Schedule:
+    """Which units each step takes."""
+    size = plan.recipe.train.per_device_train_batch_size
+    return Schedule(
+        lengths=[sum(row.length for row in unit) for unit in units],
+        global_batch_size=plan.resolved.global_batch_size,
+        per_device_batch_size=1 if size == "auto" else size,
+        seed=plan.recipe.seed,
+        shuffle=plan.recipe.data.shuffle,
+    )
 
 
 def make_units(rows: list[Row], recipe: Recipe, padded_because: str | None) -> list[list[Row]]:
