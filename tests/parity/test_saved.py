@@ -67,6 +67,7 @@ def test_plain_libraries_load_it(kind, recipe_of, job_of, tmp_path):
     job, progress = job_of(path)
     finish(job, train(job, progress), [])
     run = job.plan.run
+    (run / "plan.json").write_text(job.plan.model_dump_json())
     model = job.generator.eval()
     with torch.no_grad():
         mine = model(input_ids=torch.tensor(IDS), use_cache=False).logits

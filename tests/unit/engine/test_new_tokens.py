@@ -38,6 +38,7 @@ def trained(recipe_of, job_of, base, **sections):
     job, progress = job_of(path)
     start = job.generator.get_input_embeddings().weight.detach().clone()
     finish(job, train(job, progress), [])
+    (job.plan.run / "plan.json").write_text(job.plan.model_dump_json())
     return job, start
 
 

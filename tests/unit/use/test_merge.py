@@ -81,6 +81,15 @@ def test_merged_is_base_and_adapter(lora, trained, tiny_model_folder, tmp_path):
     assert "<|im_start|>" in loaded["template"]
 
 
+def test_large_models_are_saved_in_shards(trained, monkeypatch):
+    monkeypatch.setattr(module, "SHARD", "60KB")
+    folder, _, found = merge(trained())
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == len(list(folder.glob("model-*.safetensors"))) > 1
+    assert found.largest < 1e-5
+    assert len(plain(folder, [20, 30])["logits"]) > 600
+
+
 def test_a_run_on_four_bits_is_merged_into_the_whole_base(trained, tiny_model_folder):
     run = trained(quantization={"load_in_4bit": True})
     folder, kind, found = merge(run, dtype="bfloat16")
