@@ -25,7 +25,7 @@ ROUNDING = (
 LENGTH = ("train.num_train_epochs", "train.max_steps")
 BEST = ("eval.metric", "eval.metric_rows", "data.eval_sets", "data.eval_split", "save.load_best_model_at_end")
 """Keys that make an evaluation another than the one before."""
-IMPOSSIBLE = ("method.name", "lora")
+IMPOSSIBLE = ("method.name", "lora", "model.new_tokens", "model.starting_adapter")
 """`lora` itself, that is: there are adapters on one side alone."""
 CONSEQUENCES = {
     "train.optim": "the optimiser starts with an empty state",
