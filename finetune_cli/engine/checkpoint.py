@@ -23,13 +23,20 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     model.config.use_cache = True
     try:
         # beside the policy's adapter there may be a critic's, which belongs to the training
-        model.save_pretrained(folder, **({"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}))
+        model.save_pretrained(folder, **(adapter_alone(model) if hasattr(model, "peft_config") else {}))
     finally:
         model.config.use_cache = use_cache
     tokenizer.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; the run writes its own
+
+
+def adapter_alone(model: Any) -> dict[str, Any]:
+    """Arguments of peft's `save_pretrained`. Where rows of new tokens are trained they are saved with the adapter; the
+    whole embedding, which peft would add because it has grown, is not."""
+    rows = model.peft_config["default"].trainable_token_indices
+    return {"selected_adapters": ["default"], **({"save_embedding_layers": False} if rows else {})}
 
 
 def rng_state() -> dict[str, Any]:

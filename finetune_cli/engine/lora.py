@@ -21,9 +21,14 @@ def attach(model: Any, lora: Lora, *, classifies: bool = False, tokens: Sequence
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    told = {**lora.model_dump(), "trainable_token_indices": rows_by_layer(model, tokens)}
-    config = LoraConfig(task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM, **told)
+    told = {
+        **lora.model_dump(),
+        "trainable_token_indices": rows_by_layer(model, tokens, whole=lora.modules_to_save or ()),
+    }
+    if lora.layers_to_transform is not None and lora.target_modules == "all-linear":  # peft wants names with it
+        told["target_modules"] = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
     try:
+        config = LoraConfig(task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM, **told)
         return get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:  # peft: no layer matches
         names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
@@ -33,14 +38,24 @@ def attach(model: Any, lora: Lora, *, classifies: bool = False, tokens: Sequence
         ) from error
 
 
-def rows_by_layer(model: Any, tokens: Sequence[int]) -> dict[str, list[int]] | None:
-    """The rows of `tokens` under the names of the layers that hold them; a head that is tied has none of its own."""
+LAYERS = "layers", "h", "blocks"
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of the blocks by name; the head is outside."""
+    named = ((name, module) for name, module in model.named_modules() if {*name.split(".")} & {*LAYERS})
+    return {name: module for name, module in named if isinstance(module, nn.Linear)}
+
+
+def rows_by_layer(model: Any, tokens: Sequence[int], *, whole: Sequence[str]) -> dict[str, list[int]] | None:
+    """The rows of `tokens` under the names of the layers that hold them; a head that is tied has none of its own, and
+    one that is trained as a `whole` has them already."""
     if not tokens:
         return None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     layers = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
-    return {names[id(layer)]: [*tokens] for layer in layers}
+    return {names[id(layer)]: [*tokens] for layer in layers if names[id(layer)] not in whole}
 
 
 def tokens_of(recipe: Recipe, tokenizer: Any) -> list[int]:

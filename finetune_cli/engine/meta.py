@@ -13,8 +13,6 @@ from finetune_cli.errors import ModelError
 from finetune_cli.plan.facts import shapes
 from finetune_cli.recipe.sections import Recipe
 
-LAYERS = "layers", "h", "blocks"
-
 
 def look(recipe: Recipe, location: Location) -> Weights:
     """Sizes by the configuration, on the meta device. Raises ModelError where there is no usable configuration."""
@@ -26,7 +24,7 @@ def look(recipe: Recipe, location: Location) -> Weights:
     if recipe.model.new_tokens or (location.adapter is not None and models.brings_tokens(location.adapter)):
         embedding = max(embedding, len(models.load_tokenizer(recipe.model, location)))
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # not every family names one
-    inside = linear_layers(model)
+    inside = lora.linear_layers(model)
     linear = tuple(dict.fromkeys(name.rpartition(".")[2] for name in inside))
     in_blocks = sum(layer.weight.numel() for layer in inside.values())
     refused = misfit = ""
@@ -57,12 +55,6 @@ def empty(location: Location) -> Any:
             )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the configuration of {location.name} cannot be used: {_first(error)}", HUB_HINT) from error
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of the blocks by name; the head is outside."""
-    named = ((name, module) for name, module in model.named_modules() if {*name.split(".")} & {*LAYERS})
-    return {name: module for name, module in named if isinstance(module, nn.Linear)}
 
 
 def adapted_in(model: nn.Module) -> tuple[str, ...]:

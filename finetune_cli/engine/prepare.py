@@ -3,7 +3,7 @@
 import ctypes
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ def fill_of(units: list[list[Row]], recipe: Recipe) -> dict[str, Any]:
 def resumed(location: models.Location, folder: Path, adapted: bool) -> models.Location:
     """Where the weights of a checkpoint are: its adapter on the same base, or itself."""
     if adapted or location.adapter is not None:
-        return models.Location(location.name, location.kwargs, adapter=str(folder))
+        return replace(location, adapter=str(folder))
     return models.Location(str(folder), {"trust_remote_code": location.kwargs.get("trust_remote_code", False)})
 
 
