@@ -2,6 +2,7 @@
 
     python scripts/measure_memory.py                 the grid, into benchmarks/memory-<hardware>.json
     python scripts/measure_memory.py --only lora     the configurations whose name holds a word
+    python scripts/measure_memory.py --table         what was measured, in Markdown
 
 Every configuration is a process of its own that builds a job from a recipe as a run does and takes two optimiser steps.
 Weights are random, shapes are real, rows are of exactly the length that is asked for.
@@ -313,10 +314,20 @@ def hardware() -> str:
     return str(bench.hardware("cpu")["name"])
 
 
+def table(cases: Sequence[Mapping[str, Any]]) -> str:
+    """In Markdown."""
+    lines = ["| configuration | live, GiB | estimated | off | peak |", "| --- | ---: | ---: | ---: | --- |"]
+    for one in cases:
+        numbers = f"{one['measured_gib']:.2f} | {one['estimated_gib']:.2f} | {one['off']:+.1%}"
+        lines.append(f"| {one['case']} | {numbers} | {one['moment']} |")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases whose name holds all of these words")
     parser.add_argument("--models", type=Path, help="keep the random models in this folder")
+    parser.add_argument("--table", action="store_true", help="show what was measured, as a table")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="file to write")
     asked = parser.parse_args(argv)
@@ -325,6 +336,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(work_on(cases[asked.case], asked.models)))
         return 0
     output = asked.output or ROOT / "benchmarks" / f"memory-{hardware()}.json"
+    if asked.table:
+        print(table(json.loads(output.read_text(encoding="utf-8"))["cases"]))
+        return 0
     known = json.loads(output.read_text(encoding="utf-8"))["cases"] if asked.only and output.exists() else []
     found = {one["case"]: one for one in known}
     with TemporaryDirectory() as folder:
