@@ -135,7 +135,7 @@ def merged_base(plan: Plan, location: Location) -> Path:
     that comes first, in float32 and rounded once, whatever it is quantised to afterwards; a run that goes on finds it.
     """
     folder = plan.run / BASE
-    with FileLock(f"{folder}.lock"):
+    with FileLock(folder.with_name(f".{BASE}.lock")):
         if not (folder / "config.json").is_file():
             write_merged(plan, location, folder)
             LOGGER.info("the starting adapter is merged into its base, which is kept in %s", folder)

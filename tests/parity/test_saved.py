@@ -77,7 +77,7 @@ def test_plain_libraries_load_it(kind, recipe_of, job_of, tmp_path):
     found = loaded([(folder, scores) for folder in folders], tmp_path / "logits.pt")
     for folder in folders:
         off = float((found[str(folder)] - mine).abs().max() / mine.abs().max())
-        bound = 0.2 if "qlora" in kind else 1e-4  # 4 bits are read at full width there
+        bound = 0.5 if "qlora" in kind else 1e-4  # 4 bits are read at full width there
         assert off < bound, (folder.name, off)
     if "qlora" in kind:
         assert torch.allclose(found[str(folders[0])], found[str(folders[2])], atol=1e-3)
