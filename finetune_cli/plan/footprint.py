@@ -6,7 +6,7 @@ What is kept is that of our own layout: rows end to end, an adapter's layer keep
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from finetune_cli.plan.shape import Linear, Shape
@@ -251,6 +251,16 @@ def kept_by_layer(s: Setup) -> float:
     inner = shape.active * (2 + shape.gated) * t * c * i - (0 if shape.gated else t * c * i)
     inner += shape.active * t * c * (2 * d + i) if shape.experts else 0
     return norms + kept_by_linears(s) + t * c * (q + 2 * k) + kept_by_attention(s) + inner
+
+
+def kept_by_layers(s: Setup) -> float:
+    """That of all layers: those below the first adapter keep nothing, others without one less."""
+    chosen = s.lora.layers_to_transform if s.lora is not None else None
+    if s.lora is None or chosen is None:
+        return s.shape.layers * kept_by_layer(s)
+    bare = replace(s, lora=s.lora.model_copy(update={"target_modules": []}))
+    adapted, first = blocks(s.shape, s.lora), 0 if s.tokens else min(chosen)
+    return adapted * kept_by_layer(s) + max(0, s.shape.layers - first - adapted) * kept_by_layer(bare)
 
 
 def kept_by_linears(s: Setup) -> float:

@@ -23,6 +23,7 @@ from finetune_cli.plan.footprint import (
     frozen_bytes,
     head_adapter,
     kept_by_layer,
+    kept_by_layers,
     passing,
     reference_bytes,
     state_bytes,
@@ -84,7 +85,7 @@ def estimate(s: Setup) -> Estimate:
     there = gradients if s.accumulates else gradients / 2 if s.drawn is not None else 0.0  # the policy's, then
     layer = kept_by_layer(s)
     between = t * s.residual * shape.hidden
-    every = shape.layers * (between if s.checkpointing else layer) + t * WIDE * shape.hidden + between
+    every = (shape.layers * between if s.checkpointing else kept_by_layers(s)) + t * WIDE * shape.hidden + between
     casts = 0.0
     if s.full and s.compute < WIDE and s.checkpointing:  # kept by autocast until the forward ends
         casts = s.compute * shape.layers * sum(linear.weights for linear in shape.linears())
