@@ -192,7 +192,7 @@ def test_references_and_heads_of_pairs_are_counted(case, recipe_of, job_of, tmp_
     sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 6}
     model = model_folder(tmp_path / "model", **sizes)
     ids = [(7 * i) % 600 for i in range(200)]
-    pairs = [{"input_ids_chosen": [*ids, 3, *ids[n:90]], "input_ids_rejected": [*ids, 4, *ids[n:90]]} for n in range(4)]
+    pairs = [{"input_ids_chosen": [*ids, 3, *ids[n:45]], "input_ids_rejected": [*ids, 4, *ids[n:45]]} for n in range(4)]
     path = recipe_of(
         rows=pairs, model={"name_or_path": str(model)}, data={"max_length": 400}, eval={"eval_strategy": "no"},
         train={"per_device_train_batch_size": 2, "global_batch_size": 2, "max_steps": 2, "learning_rate": "auto"},
