@@ -179,37 +179,6 @@ def test_so_is_that_of_a_method_with_a_critic_and_answers_of_its_own(lora, recip
     assert found.peak == pytest.approx(live.peak, rel=0.15), found
 
 
-ROLES: dict[str, dict[str, Any]] = {
-    "dpo": {"method": {"name": "dpo", "precompute_ref_log_probs": False}, "lora": {"use_dora": True}},
-    "orpo": {"method": "orpo"},
-    "reward": {"method": "reward"},
-    "reward-full": {"method": "reward", "lora": None},
-}
-
-
-@pytest.mark.parametrize("case", ROLES)
-def test_references_and_heads_of_pairs_are_counted(case, recipe_of, job_of, tmp_path):
-    sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 6}
-    model = model_folder(tmp_path / "model", **sizes)
-    ids = [(7 * i) % 600 for i in range(200)]
-    pairs = [{"input_ids_chosen": [*ids, 3, *ids[n:45]], "input_ids_rejected": [*ids, 4, *ids[n:45]]} for n in range(4)]
-    path = recipe_of(
-        rows=pairs, model={"name_or_path": str(model)}, data={"max_length": 400}, eval={"eval_strategy": "no"},
-        train={"per_device_train_batch_size": 2, "global_batch_size": 2, "max_steps": 2, "learning_rate": "auto"},
-        **ROLES[case],
-    )  # fmt: skip
-    job, _ = job_of(path)
-    job.policy.train()
-    live = script.Live()
-    live.adopt(job)
-    with live:
-        for step in range(2):
-            loop.optimiser_step(job, step, measure=True, sums=loop.Sums())
-    found = finish.estimated(job)
-    assert found is not None
-    assert found.peak == pytest.approx(live.peak, rel=0.15), found
-
-
 def test_reward_models_are_counted(tiny_model_folder, recipe_of, tmp_path, job_of):
     """An adapter on the policy's own base brings itself alone; a model of its own all its weights."""
     weights = Shape.of(config_of(str(tiny_model_folder)) or {})
