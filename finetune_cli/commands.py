@@ -12,6 +12,7 @@ from finetune_cli import log, show
 from finetune_cli.checks import stages
 from finetune_cli.checks.files import files
 from finetune_cli.checks.rule import Seen
+from finetune_cli.checks.spread import by_memory
 from finetune_cli.errors import DataError, FinetuneError, MachineError, Problem, RecipeError
 from finetune_cli.plan import facts as model_facts
 from finetune_cli.plan import launch, machine
@@ -46,6 +47,7 @@ def checked(recipe: Path, overrides: Sequence[str], note: stages.Note = stages.u
         overrides=overrides,
     )
     seen = Seen(loaded, plan)
+    seen = replace(seen, plan=by_memory(seen))
     stages.lints(seen, note)
     present(loaded)
     return seen

@@ -42,13 +42,15 @@ class Options:
 def run(plan: Plan, loaded: Loaded, options: Options) -> int:
     """Claim the folder, start, wait; the exit code."""
     log.setup()
-    alone = not launch.inside()
+    alone, keeps = not launch.inside(), launch.inside() or launch.first(plan)
     if options.resume and ended(plan):
         if alone or log.rank() == 0:
             show.err.print(f"{plan.run} is finished; nothing is left to resume")
         return 0
+    if not keeps:
+        return begin(plan, resumed(plan, options, mend=False) if options.resume else None, options, None)
     with locked(plan.run) if alone or log.rank() == 0 else nullcontext() as lock:
-        start = resumed(plan, options) if options.resume else None
+        start = resumed(plan, options, mend=log.rank() == 0) if options.resume else None
         if alone or log.rank() == 0:
             claim(plan, loaded, resume=options.resume, overwrite=options.overwrite)
         if not alone:
@@ -91,9 +93,10 @@ def ended(plan: Plan) -> bool:
     return True
 
 
-def resumed(plan: Plan, options: Options) -> Path | None:
-    """The checkpoint to go on from, None where there is none yet; says what has changed since."""
-    if log.rank() == 0:
+def resumed(plan: Plan, options: Options, *, mend: bool) -> Path | None:
+    """The checkpoint to go on from, None where there is none yet; says what has changed since. One process mends what
+    a run that was cut off left."""
+    if mend:
         manifest.recover(plan.run)
     folder = manifest.newest_whole(plan.run)
     if folder is None:
@@ -173,17 +176,31 @@ def _named(path: Path) -> list[str]:
         return []
 
 
-def begin(plan: Plan, start: Path | None, options: Options, lock: RunLock) -> int:
-    """Start the worker(s), pass signals on, and tell how it ended."""
+def beside(plan: Plan) -> Path:
+    """The plan of a machine that does not keep the run folder, which may be its own or the first one's."""
+    try:
+        plan.run.mkdir(parents=True, exist_ok=True)
+        file = plan.run / f"plan-machine-{launch.place(plan.recipe.launch).rank}.json"
+        (plan.run / "error.json").unlink(missing_ok=True)
+        manifest.write_text(file, plan.model_dump_json(indent=1))
+    except OSError as error:
+        raise MachineError(f"{plan.run} cannot be written: {error.strerror}", "Name another output_dir.") from error
+    return file
+
+
+def begin(plan: Plan, start: Path | None, options: Options, lock: RunLock | None) -> int:
+    """Start the worker(s) of this machine, pass signals on, and tell how it ended. The machine that keeps the run
+    folder has its lock."""
     command = [
         *([f"--resume={start.name}"] if start is not None else []),
         *(["--anyway"] if options.anyway else []),
         *(["--json"] if options.as_json else []),
     ]
-    argv = launch.argv(plan, plan.run / "plan.json", command)
+    argv = launch.argv(plan, plan.run / "plan.json" if lock is not None else beside(plan), command)
+    held = () if lock is None else (lock.descriptor,)
     asked: list[int] = []
     with held_back():
-        process = subprocess.Popen(argv, env=launch.environment(plan), pass_fds=(lock.descriptor,))
+        process = subprocess.Popen(argv, env=launch.environment(plan), pass_fds=held)
 
         def forward(number: int, _: FrameType | None) -> None:
             asked.append(number)
@@ -218,9 +235,10 @@ def report_end(plan: Plan, code: int) -> int:
         raise failure
     if -code in CAUGHT:  # stopped before it listened
         return exit_code(-code)
-    if code < 0:
+    killed = -code if code < 0 else code - 128 if code > 128 and code not in (130, 143) else 0
+    if killed:
         raise MachineError(
-            f"the training process was killed by {signal.Signals(-code).name}",
+            f"the training process was killed by {signal.Signals(killed).name}",
             "SIGKILL is usually the system running out of memory: lower train.per_device_train_batch_size.",
         )
     if code not in (0, 130, 143):

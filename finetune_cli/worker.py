@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import sys
 import traceback
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_cli import log
+from finetune_cli.engine.contact import LOST
 from finetune_cli.engine.manifest import write_text
 from finetune_cli.engine.signals import Interrupted, Stop, exit_code
 from finetune_cli.errors import KINDS, FinetuneError, MachineError, Problem, TrainError
@@ -75,6 +77,7 @@ def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: 
         show({"event": "rows", **sets.summary()})
     if resume is not None:
         prepare.compare_rows(sets.train.rows, resume, anyway=anyway)
+    prepare.meet(plan, resume)
     job, progress = prepare.build(plan, words, sets, show, resume=resume, stop=stop)
     job.warnings = [f"{problem.rule} {problem.message}" for problem in warned]
     lines: list[dict[str, Any]] = []
@@ -131,10 +134,15 @@ def _classify(error: Exception) -> tuple[int, FinetuneError]:
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
         hint = "Lower train.per_device_train_batch_size or data.max_length, or set train.gradient_checkpointing: true."
         return TrainError.exit_code, TrainError(f"out of memory: {said}", hint)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(name in repr(error) for name in TRANSPORT):
+        hint = "Look for the one that failed first; every earlier checkpoint is whole: go on with --resume."
+        return MachineError.exit_code, MachineError(f"{LOST}: {said}", hint)
     text = f"{type(error).__name__}: {said}"
     return INTERNAL, FinetuneError(f"internal error: {text}", "This is ours; traceback.txt is in the run folder.")
 
 
+TRANSPORT = ("gloo/transport", "NCCL", "DistNetworkError", "DistStoreError")
+"""What is in the errors of a collective whose other side is gone."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_SAID = ("No space left on device", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed")
 """Of libraries that write files outside Python and tell of it in words of their own."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finetune_cli.checks.rule import Found, Seen, counted
 from finetune_cli.methods.base import Shape
+from finetune_cli.plan import launch
 
 OPTIMISERS = (
     "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "adamw_bnb_8bit",
@@ -27,8 +28,7 @@ REFUSED_OPTIMISERS = {
 }
 
 NOT_YET: dict[str, tuple[object, ...]] = {
-    "launch.strategy": ("auto", "ddp"),
-    "launch.num_machines": (1,),
+    "launch.strategy": ("auto", "ddp", "fsdp2"),
 }
 """Keys of the contract that this version does not act on yet, and the values it can honour."""
 
@@ -50,6 +50,22 @@ def not_yet(seen: Seen) -> Iterator[Found]:
         if value not in honoured and value is not None:
             can = ", ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in honoured if v is not None)
             yield Found(key, "this version cannot do that yet", f"use {can}" if can else "remove it")
+
+
+def machines(seen: Seen) -> Iterator[Found]:
+    """Several machines that nobody has told their places."""
+    at = launch.place(seen.recipe.launch)
+    if launch.inside() or at.machines == 1:
+        return
+    if at.rank is None:
+        said = f"is not given, and none of {', '.join(launch.RANKS)} says which machine this is"
+        yield Found("launch.machine_rank", said, "give each machine its own: --set machine_rank=0, 1, ...")
+    elif at.rank >= at.machines:
+        said = f"is {at.rank}: {at.machines} machines are numbered from 0 to {at.machines - 1}"
+        yield Found("launch.machine_rank", said, "number them from 0, or raise launch.num_machines")
+    if at.address is None:
+        said = "is not given, and MASTER_ADDR does not say where machine 0 is"
+        yield Found("launch.main_process_ip", said, "give the address of machine 0")
 
 
 def optimiser(seen: Seen) -> Iterator[Found]:

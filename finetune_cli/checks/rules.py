@@ -5,7 +5,7 @@ Issue numbers are of the public trackers where people lost runs to it; LF is LLa
 
 from collections.abc import Iterator
 
-from finetune_cli.checks import lints, model, raw, rows
+from finetune_cli.checks import lints, model, raw, rows, spread
 from finetune_cli.checks.rule import Found, Rule, Seen
 
 SHARE = "more than data.max_dropped_fraction of the rows have it"
@@ -448,6 +448,22 @@ RULES: tuple[Rule, ...] = (
         "Some initialisations need rows or gradients first, or leave the base changed; peft finds out after loading.",
         "use true, gaussian, pissa, olora or orthogonal",
         lint=lints.initial_adapters,
+    ),
+    Rule(
+        "FT114",
+        "what cannot be spread over processes",
+        "error",
+        "launch.strategy: fsdp2 keeps a piece of each weight in each process; some settings need whole ones.",
+        "use launch.strategy: ddp",
+        lint=spread.sharding,
+    ),
+    Rule(
+        "FT115",
+        "machines that do not know their places",
+        "error",
+        "A run on several machines is started on each of them, and each must know which it is and where the first is.",
+        "set launch.machine_rank and launch.main_process_ip",
+        lint=lints.machines,
     ),
 )
 BY_ID = {rule.id: rule for rule in RULES}

@@ -5,7 +5,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -206,8 +206,8 @@ def silent(row: Row) -> Row:
 class Schedule:
     """Which rows each optimiser step sees; a function of seed and step alone, so that a resumed run sees the same.
 
-    The rows of a step are the same for every split into processes and accumulation steps. Within a step they are
-    sorted by length before they are dealt out, so that a batch's rows are alike and processes finish together.
+    The rows of a step are the same for every split into processes and accumulation steps. They are shared out by their
+    tokens, so that processes finish together, and a process takes them by length, so that a batch's rows are alike.
     """
 
     lengths: Sequence[int]
@@ -239,9 +239,20 @@ class Schedule:
     def window(self, step: int, *, rank: int = 0, world: int = 1, part: int = 0, parts: int = 1) -> Iterator[list[int]]:
         """The accumulation window of one process: a list of row indices for each forward; one may be empty. Of `parts`
         updates that share the rows of a step, one."""
-        rows = sorted(self.step(step)[part::parts], key=lambda i: (-self.lengths[i], i))
-        size = self.per_device_batch_size
+        rows, size = self.step(step)[part::parts], self.per_device_batch_size
         forwards = -(-len(rows) // (size * world))
-        for forward in range(forwards):
-            rest = rows[forward * size * world : (forward + 1) * size * world]
-            yield rest[rank::world]
+        own = share(rows, self.lengths, world, most=forwards * size)[rank]
+        cuts = [-(-len(own) * forward // forwards) for forward in range(forwards + 1)]
+        yield from (own[start:stop] for start, stop in pairwise(cuts))
+
+
+def share(rows: Sequence[int], lengths: Sequence[int], world: int, *, most: int) -> list[list[int]]:
+    """Rows for each process, at most `most` each, so that all have about as many tokens: the longest first, each to
+    the process that has least (Graham 1969, longest processing time first). Each process's rows, longest first."""
+    shares: list[list[int]] = [[] for _ in range(world)]
+    tokens = [0] * world
+    for row in sorted(rows, key=lambda i: (-lengths[i], i)):
+        to = min((r for r in range(world) if len(shares[r]) < most), key=lambda r: (tokens[r], len(shares[r])))
+        shares[to].append(row)
+        tokens[to] += lengths[row]
+    return shares

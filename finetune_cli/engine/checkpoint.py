@@ -5,7 +5,7 @@ import json
 import random
 import shutil
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,14 +16,16 @@ from finetune_cli.engine import manifest
 from finetune_cli.types import Row
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Weights and tokenizer as transformers and peft write them, so that plain `from_pretrained` loads them."""
+def save_model(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, Any] | None = None) -> None:
+    """Weights and tokenizer as transformers and peft write them, so that plain `from_pretrained` loads them. `weights`
+    are the model's, where it has them in pieces."""
     folder.mkdir(parents=True, exist_ok=True)
     use_cache = model.config.use_cache
     model.config.use_cache = True
     try:
         # beside the policy's adapter there may be a critic's, which belongs to the training
-        model.save_pretrained(folder, **(adapter_alone(model) if hasattr(model, "peft_config") else {}))
+        some = adapter_alone(model) if hasattr(model, "peft_config") else {}
+        model.save_pretrained(folder, **some, **({"state_dict": weights} if weights is not None else {}))
     finally:
         model.config.use_cache = use_cache
     tokenizer.save_pretrained(folder)
@@ -64,6 +66,7 @@ def write(
     tokenizer: Any,
     training: dict[str, Any],
     state: dict[str, Any],
+    weights: Mapping[str, Any] | None = None,
     about: dict[str, Any] | None = None,
     announce: Callable[[], None] = lambda: None,
 ) -> None:
@@ -72,7 +75,7 @@ def write(
     beside = folder.with_name(folder.name + manifest.WRITING)
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        save_model(model, tokenizer, beside)
+        save_model(model, tokenizer, beside, weights)
         for name, value in training.items():
             save_state(value, beside / f"{name}.pt")
         (beside / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")

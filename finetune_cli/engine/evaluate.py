@@ -54,7 +54,7 @@ def loss_of(job: "Job", eval_set: "EvalSet") -> dict[str, float]:
 
     with torch.no_grad():
         for rows in chunks(eval_set.rows, job.plan.resolved.per_device_eval_batch_size, job.rank, job.world):
-            if job.stop.wanted:
+            if job.stop.wanted and not job.sharded:
                 break
             batch = job.batch(rows, measure=True)
             sums.add(job.method.loss(batch, ask, counts).metrics)
@@ -64,11 +64,11 @@ def loss_of(job: "Job", eval_set: "EvalSet") -> dict[str, float]:
 
 
 def chunks(rows: Sequence[Row], size: int, rank: int, world: int) -> list[list[Row]]:
-    """This process's share, rows of alike length together. A process without rows
-    computes one silently, so that all of them know the names of the sums."""
+    """This process's share, rows of alike length together; as many forwards as every other process makes. Where there
+    are no rows left for one it computes the shortest silently."""
     ordered = sorted(rows, key=lambda row: -row.length)
-    own = ordered[rank::world] or [silent(ordered[0])]
-    return [own[i : i + size] for i in range(0, len(own), size)]
+    own, most = ordered[rank::world], len(ordered[::world])
+    return [own[i : i + size] or [silent(ordered[-1])] for i in range(0, most, size)]
 
 
 def generated(job: "Job", eval_set: "EvalSet", step: int, samples: list[dict[str, Any]]) -> dict[str, float]:
@@ -98,17 +98,18 @@ def sample_event(job: "Job", step: int, name: str, prompt: Prompt, text: str) ->
 
 def spread(job: "Job", prompts: Sequence[Prompt], step: int, *, temperature: float) -> list[str]:
     """Answers to all prompts, each process answering its share. Collective."""
-    own = answers(
-        job.generator,
-        job.tokenizer,
-        prompts[job.rank :: job.world],
-        stop_ids=job.stop_ids,
-        max_new_tokens=job.recipe.generation.max_new_tokens,
-        temperature=temperature,
-        top_p=job.recipe.generation.top_p,
-        seed=job.recipe.seed + step,
-        stop=lambda: job.stop.wanted,
-    )
+    with job.gathered():  # answers are of unequal lengths
+        own = answers(
+            job.generator,
+            job.tokenizer,
+            prompts[job.rank :: job.world],
+            stop_ids=job.stop_ids,
+            max_new_tokens=job.recipe.generation.max_new_tokens,
+            temperature=temperature,
+            top_p=job.recipe.generation.top_p,
+            seed=job.recipe.seed + step,
+            stop=lambda: job.stop.wanted,
+        )
     unless_stopping(job)
     shares = job.gather(own)
     texts = [""] * len(prompts)

@@ -12,9 +12,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from finetune_cli.data.batches import Batch, Schedule, padded, tree
+from finetune_cli.data.batches import Batch, Schedule, padded, silent, tree
 from finetune_cli.data.encode import Encoded
-from finetune_cli.engine import checkpoint, manifest
+from finetune_cli.engine import checkpoint, manifest, shard
 from finetune_cli.engine.actor import POLICY
 from finetune_cli.engine.events import Sink
 from finetune_cli.engine.experience import Experience
@@ -112,6 +112,15 @@ class Job:
         return int(pad if pad is not None else self.stop_ids[0] if self.stop_ids else 0)
 
     @property
+    def sharded(self) -> bool:
+        """Whether every process holds a piece of each weight, so that all of them compute the same modules in step."""
+        return self.plan.resolved.strategy == "fsdp2" and self.world > 1
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """A time in which processes need not compute in step. Collective."""
+        return shard.gathered(self.policy)
+
+    @property
     def generator(self) -> Any:
         """The bare model with its adapters, the policy's switched in, for generation."""
         if self.experience is not None:
@@ -158,7 +167,9 @@ class Job:
     def own_batches(self) -> Iterator[list[Row]]:
         """The rows of this process's forwards, in the first epoch or as far as the run goes."""
         for step in range(min(self.schedule.steps_per_epoch, self.total_steps)):
-            yield from filter(None, map(self.rows_of, self.schedule.window(step, rank=self.rank, world=self.world)))
+            for rows in map(self.rows_of, self.schedule.window(step, rank=self.rank, world=self.world)):
+                if rows or self.sharded:
+                    yield rows or [silent(self.units[0][0])]
 
     def emit(self, event: dict[str, Any]) -> None:
         """Only the first process speaks."""
@@ -220,8 +231,11 @@ class Job:
         """Write a checkpoint and remove what is beyond the limit. Collective."""
         folder = self.plan.run / f"{PREFIX}{progress.step}"
         rngs, pending = self.gather(checkpoint.rng_state()), self.gather(progress.sums.own())
-        if self.accelerator.is_main_process:
-            training = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        first = self.accelerator.is_main_process
+        weights = shard.model_state(self.generator, keep=first) if self.sharded else None
+        optimizer = shard.gathered_state(self.optimizer.state_dict(), keep=first)
+        if first:
+            training = {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
             training |= {f"rng_{rank}": rng for rank, rng in enumerate(rngs)}
             scaler = self.accelerator.scaler
             training |= {"scaler": scaler.state_dict()} if scaler is not None else {}
@@ -236,6 +250,7 @@ class Job:
                 folder,
                 model=self.generator,
                 tokenizer=self.tokenizer,
+                weights=weights,
                 training=training,
                 state=state,
                 about=self.about,

@@ -24,6 +24,7 @@ from finetune_cli.engine import (
     models,
     optim,
     reference,
+    shard,
 )
 from finetune_cli.engine.actor import Actor
 from finetune_cli.engine.events import Sink
@@ -32,8 +33,9 @@ from finetune_cli.engine.loop import Progress, total_steps
 from finetune_cli.engine.lora import sizes
 from finetune_cli.engine.role import Backbone, role_of
 from finetune_cli.engine.signals import Stop
-from finetune_cli.errors import ModelError, RecipeError
+from finetune_cli.errors import MachineError, ModelError, RecipeError
 from finetune_cli.log import LOGGER
+from finetune_cli.plan import launch
 from finetune_cli.plan.changes import BEST, Change, compare
 from finetune_cli.plan.facts import Facts
 from finetune_cli.plan.resolve import Plan
@@ -71,6 +73,22 @@ def accelerator(plan: Plan) -> Any:
     return Accelerator(mixed_precision=precision, cpu=plan.machine.device == "cpu")
 
 
+def meet(plan: Plan, resume: Path | None) -> None:
+    """Wait for the other processes. Raises MachineError where they would go on from another checkpoint: machines that
+    share no folder."""
+    from accelerate.utils import gather_object
+
+    if launch.world() == 1:
+        return
+    accelerator(plan)
+    names = gather_object([resume.name if resume is not None else "no checkpoint"])
+    if len(set(names)) > 1:
+        raise MachineError(
+            f"the processes would go on from different places: {', '.join(names)}",
+            "Put output_dir where every machine sees it, or copy the newest checkpoint to each.",
+        )
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next tensor. By its own choice it gives large pieces back to the system,
     and every step pays again for having each page of them mapped and cleared. Other systems are left alone."""
@@ -102,8 +120,7 @@ def build(
     role = role_for(plan, location, model)
     padded_because = layout.choose(role.stock, recipe.model)
     trained, every = sizes(role)
-    optimizer = optim.build(role, recipe.train, plan.resolved.learning_rate)
-    policy, optimizer = acc.prepare(role, optimizer)
+    policy, optimizer = distributed(role, plan, acc)
     rows = sets.train
     units = make_units(rows.rows, recipe, padded_because)
     schedule = schedule_of(plan, units)
@@ -142,6 +159,18 @@ def build(
     memory.check_disk(job)
     fit.settle(job, None if resume is None else checkpoint.state(resume)["per_device_train_batch_size"])
     return job, Progress() if resume is None else restore(job, resume)
+
+
+def distributed(role: Backbone, plan: Plan, acc: Any) -> tuple[Any, Any]:
+    """(the role as all processes compute it, the optimiser of what is trained)"""
+    train, rate = plan.recipe.train, plan.resolved.learning_rate
+    if plan.resolved.strategy == "fsdp2" and acc.num_processes > 1:
+        policy = shard.spread(role, acc)
+        return policy, acc.prepare_optimizer(optim.build(policy, train, rate))
+    if plan.resolved.strategy == "fsdp2":
+        LOGGER.warning("launch.strategy: fsdp2 has nothing to do in one process, which holds everything")
+    prepared: tuple[Any, Any] = acc.prepare(role, optim.build(role, train, rate))
+    return prepared
 
 
 def role_for(plan: Plan, location: models.Location, model: Any) -> Backbone:
@@ -237,7 +266,7 @@ def seat(job: Job, training: dict[str, Any], changed: list[Change], *, stretched
     """Optimiser and schedule as they were saved; under a changed recipe with its own settings, at the same step."""
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
     if not any(c.key == "train.optim" for c in changed):
-        job.optimizer.load_state_dict(training["optimizer"])
+        job.optimizer.load_state_dict(shard.placed_state(training["optimizer"], job.optimizer))
     if not (changed or stretched):
         job.scheduler.load_state_dict(training["scheduler"])
         return

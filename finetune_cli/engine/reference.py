@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune_cli.data.batches import Batch
-from finetune_cli.engine import layout, models
+from finetune_cli.engine import layout, models, shard
 from finetune_cli.engine.evaluate import chunks
 from finetune_cli.engine.reference_cache import Store, Values, row_key, weights_key
 from finetune_cli.engine.role import Backbone, Role
@@ -42,15 +42,23 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 @contextmanager
 def switched(trained: Sequence[nn.Parameter], copies: Sequence[Tensor]) -> Iterator[None]:
-    """Frozen copies in the place of what is trained; autograd and the optimiser never see them."""
-    own = [p.data for p in trained]
+    """Frozen copies in the place of what is trained; autograd and the optimiser never see them. Of weights in pieces
+    it is the content that is exchanged: layers are gathered from the memory that they were cut into."""
+    pieces = [shard.is_piece(p) for p in trained]
+    own = [shard.own_piece(p).clone() if cut else p.data for p, cut in zip(trained, pieces, strict=True)]
     try:
-        for p, copy in zip(trained, copies, strict=True):
-            p.data = copy
+        put(trained, copies)
         yield
     finally:
-        for p, data in zip(trained, own, strict=True):
-            p.data = data
+        put(trained, own)
+
+
+def put(params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for p, value in zip(params, values, strict=True):
+        if shard.is_piece(p):
+            shard.own_piece(p).copy_(value)
+        else:
+            p.data = value
 
 
 @dataclass
@@ -83,7 +91,7 @@ class Reference:
         """Where a move is due: reference = alpha policy + (1 - alpha) reference (TR-DPO, arXiv 2404.09656, eq. 5)."""
         if self.sync_steps is not None and step % self.sync_steps == 0:
             for p, copy in zip(self.trained, self.copies, strict=True):
-                copy.lerp_(p.data, self.sync_alpha)
+                copy.lerp_(shard.own_piece(p), self.sync_alpha)
 
 
 def of_policy(role: Backbone, model: Any, wanted: Wanted) -> Reference:
@@ -93,7 +101,7 @@ def of_policy(role: Backbone, model: Any, wanted: Wanted) -> Reference:
     if wanted.precompute:
         return Reference(role)
     trained = role.own()
-    return copied(role, trained, [p.detach().clone() for p in trained], wanted)
+    return copied(role, trained, [shard.own_piece(p).clone() for p in trained], wanted)
 
 
 def copied(role: nn.Module, trained: list[nn.Parameter], copies: list[Tensor], wanted: Wanted) -> Reference:
@@ -106,8 +114,9 @@ def of_start(job: "Job", role: Backbone, location: models.Location, wanted: Want
     model = models.load_policy(job.plan, location)
     if wanted.precompute:
         return beside(job, model)
-    copies = [p.detach().to(job.device) for p in model.parameters() if p.requires_grad]
-    return copied(role, role.own(), copies, wanted)
+    own, start = role.own(), [p.detach().to(job.device) for p in model.parameters() if p.requires_grad]
+    copies = [shard.own_piece(shard.as_placed(one, p)) for one, p in zip(start, own, strict=True)]
+    return copied(role, own, copies, wanted)
 
 
 def of_another(job: "Job", name: str) -> Reference:
@@ -156,7 +165,10 @@ def attach(job: "Job", location: models.Location, *, resumed: bool) -> None:
         reference = of_start(job, role, location, wanted)
     else:
         reference = of_policy(role, role.model, wanted)
-    counts = remember(job, reference, wanted) if wanted.precompute else {}
+    counts: dict[str, Any] = {}
+    if wanted.precompute:
+        with job.gathered():  # which rows are known already may differ
+            counts = remember(job, reference, wanted)
     if not wanted.precompute:
         job.reference = reference
     job.reference_report = {**wanted.model_dump(), "about": wanted.about, **counts}

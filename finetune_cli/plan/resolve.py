@@ -31,6 +31,7 @@ class Resolved(Spec):
     gradient_checkpointing: bool
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"]
     num_processes: int
+    """On all machines together."""
     strategy: Literal["ddp", "fsdp2", "deepspeed-zero3"]
     gradient_accumulation_steps: int
     global_batch_size: int
@@ -122,7 +123,7 @@ def _autos(recipe: Recipe, machine: Machine, facts: Facts, world: int | None) ->
         num_processes = world
         reasons["launch.num_processes"] = "the launcher started them"
     else:
-        num_processes = auto("launch.num_processes", launch.num_processes, processes, each)
+        num_processes = auto("launch.num_processes", launch.num_processes, processes, each) * launch.num_machines
     precision = auto("train.precision", train.precision, *_precision(machine))
     frozen = f"train.precision is {precision}"
     big = machine.device == "cuda" and (facts.parameters or CHECKPOINTING_FROM) >= CHECKPOINTING_FROM

@@ -270,12 +270,13 @@ class Launch(Spec):
     """How several processes share the work."""
     num_machines: Positive = 1
     """Machines of the job."""
-    machine_rank: Annotated[int, Field(ge=0)] = 0
-    """Number of this machine."""
+    machine_rank: Annotated[int, Field(ge=0)] | None = None
+    """Number of this machine, from 0; null is what Slurm, SkyPilot or Kubernetes say it is."""
     main_process_ip: str | None = None
-    """Address of machine 0."""
+    """Address of machine 0; null is what MASTER_ADDR or SkyPilot say it is."""
     main_process_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Port on machine 0; a free one where it is not given."""
+    """Port on machine 0, of which the next one is used too; null is a free one, or with several machines MASTER_PORT,
+    else 29500."""
 
 
 class Health(Spec):

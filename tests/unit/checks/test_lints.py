@@ -61,7 +61,7 @@ def test_ft033_what_does_not_fit_the_run(of, sections, keys):
     assert all(p.severity == "warning" for p in found)
 
 
-@pytest.mark.parametrize("option", ["strategy=fsdp2", "num_machines=2"])
+@pytest.mark.parametrize("option", ["strategy=deepspeed-zero3", "num_machines=2"])
 def test_what_this_version_cannot_do(of, option):
     assert [p.severity for p in of("FT101", option, fast=True)] == ["error"]
     assert of("FT101", fast=True) == []
@@ -114,3 +114,51 @@ def test_ft111_settings_of_the_method(of, method, sections, wanted):
     train = {"learning_rate": "auto", **sections.pop("train", {})}
     found = of("FT111", fast=True, method=method, train=train, **sections)
     assert [(p.key, p.severity) for p in found] == wanted
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [
+        ("quantization={load_in_4bit: true}", "quantization"),
+        ("optim=adafactor", "train.optim"),
+        ("per_device_train_batch_size=auto", "train.per_device_train_batch_size"),
+        ("precision=fp16", "train.precision"),
+    ],
+)
+def test_ft114_what_cannot_be_in_pieces(of, option, key):
+    assert [p.key for p in of("FT114", "strategy=fsdp2", option, fast=True)] == [key]
+    assert of("FT114", "strategy=ddp", option, fast=True) == []
+
+
+def test_ft114_pieces_themselves_are_fine(of):
+    assert of("FT114", "strategy=fsdp2", fast=True) == of("FT101", "strategy=fsdp2", fast=True) == []
+
+
+def test_ft115_machines_know_their_places(of, monkeypatch):
+    for name in ("MASTER_ADDR", "RANK", "SLURM_NODEID"):
+        monkeypatch.delenv(name, raising=False)
+    keys = [p.key for p in of("FT115", "num_machines=2", fast=True)]
+    assert keys == ["launch.machine_rank", "launch.main_process_ip"]
+    assert of("FT115", "num_machines=2", "machine_rank=1", "main_process_ip=10.0.0.1", fast=True) == []
+    (found,) = of("FT115", "num_machines=2", "machine_rank=2", "main_process_ip=10.0.0.1", fast=True)
+    assert "numbered from 0 to 1" in found.message
+
+
+def test_auto_spreads_what_gpus_cannot_hold_whole(recipe_of, monkeypatch):
+    from finetune_cli import commands
+    from finetune_cli.plan.machine import Gpu, Machine
+
+    def strategy(gib: float, *overrides: str) -> tuple[str, str]:
+        gpu = Gpu(name="GPU", memory_gib=gib, compute_capability=9.0)
+        machine = Machine(cpus=8, memory_gib=64.0, gpus=[gpu] * 2, cpu_bf16=True)
+        monkeypatch.setattr(commands.machine, "look", lambda: machine)
+        path = recipe_of(model={"name_or_path": "Qwen/Qwen2.5-3B-Instruct"}, train={"learning_rate": "auto"})
+        plan = commands.checked(path, ["lora=null", *overrides]).plan
+        return plan.resolved.strategy, plan.origins["launch.strategy"]
+
+    for gib, wanted in ((80, "ddp"), (40, "fsdp2")):
+        chosen, origin = strategy(gib)
+        assert chosen == wanted
+        assert "GiB a process with whole weights" in origin
+    assert strategy(40, "strategy=ddp") == ("ddp", "recipe")
+    assert strategy(40, "per_device_train_batch_size=auto")[0] == "ddp"  # pieces cannot be had with it

@@ -233,3 +233,38 @@ def test_processes_share_the_cores(plan_of, monkeypatch):
     assert launch.environment(plan_of("num_processes=16"))["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert launch.environment(plan_of("num_processes=2"))["OMP_NUM_THREADS"] == "3"
+
+
+HERE = "num_machines=2"
+SKY = {"SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+SLURM = {"SLURM_NODEID": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "20001", "RANK": "7"}
+POD = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "environment", "place"),
+    [
+        ([], SLURM, (1, 0, "127.0.0.1", 29500)),  # the recipe says that there are several
+        ([HERE, "machine_rank=1", "main_process_ip=10.0.0.1"], {}, (2, 1, "10.0.0.1", 29500)),
+        ([HERE, "machine_rank=0", "main_process_port=1234"], SLURM, (2, 0, "node1", 1234)),
+        ([HERE], SLURM, (2, 1, "node1", 20001)),
+        ([HERE], SKY, (2, 1, "10.0.0.1", 29500)),
+        ([HERE], POD, (2, 0, "job-master-0", 23456)),
+        ([HERE], {}, (2, None, None, 29500)),
+    ],
+)
+def test_the_place_of_a_machine(plan_of, changes, environment, place):
+    assert launch.place(plan_of(*changes).recipe.launch, environment) == place
+
+
+def test_a_machine_starts_its_own_share_of_the_processes(plan_of):
+    plan = plan_of(HERE, "num_processes=4", "machine_rank=1", "main_process_ip=10.0.0.1")
+    assert plan.resolved.num_processes == 8
+    argv = launch.argv(plan, Path("/r/plan-machine-1.json"), [])
+    given = dict(zip(argv[3:-3:2], argv[4:-3:2], strict=True))
+    assert given == {
+        "--nproc_per_node": "4", "--master_addr": "10.0.0.1", "--master_port": "29500", "--nnodes": "2",
+        "--node_rank": "1", "--error_file": str(plan.run / "error.json"),
+    }  # fmt: skip
+    assert not launch.first(plan)
+    assert launch.environment(plan)["OMP_NUM_THREADS"] in ("2", "1")

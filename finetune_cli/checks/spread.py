@@ -1,0 +1,59 @@
+"""Weights spread over the processes: what cannot be had with them, and when `auto` spreads them. No torch."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from finetune_cli.checks.rule import Found, Seen
+from finetune_cli.plan.memory import CONTEXT_GIB, LOST, estimate, setup
+from finetune_cli.plan.resolve import Plan
+
+BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""Optimisers that change each weight by its own numbers alone, so that a piece of a tensor is as good as the whole."""
+
+
+def sharding(seen: Seen) -> Iterator[Found]:
+    """Settings that launch.strategy: fsdp2 cannot honour, with the reason."""
+    recipe, resolved = seen.recipe, seen.plan.resolved
+    if resolved.strategy != "fsdp2":
+        return
+    if recipe.quantization is not None:
+        said = "quantised weights are packed with constants of the whole tensor, which pieces do not have"
+        yield Found("quantization", said, "use launch.strategy: ddp, which holds them whole, or take quantization out")
+    if recipe.method.online:
+        said = f"{recipe.method.name} switches roles on one copy of the weights and draws answers between its steps"
+        yield Found("launch.strategy", said, "use ddp")
+    if recipe.train.optim not in BY_ELEMENT:
+        said = f"{recipe.train.optim} needs whole tensors, or kernels that do not know pieces"
+        yield Found("train.optim", said, f"use one of {', '.join(BY_ELEMENT)}")
+    if recipe.train.per_device_train_batch_size == "auto":
+        said = "the search for what fits tries sizes in each process by itself, and pieces are computed together"
+        yield Found("train.per_device_train_batch_size", said, "give a number, or use launch.strategy: ddp")
+    if resolved.precision == "fp16":
+        said = "the scaler of fp16 was not tried with weights in pieces"
+        yield Found("train.precision", said, "use bf16, or launch.strategy: ddp")
+    reference = resolved.reference
+    if reference is not None and reference.sync_steps is not None:
+        said = "a reference that follows the policy is saved whole, and lies in pieces"
+        yield Found("method.sync_ref_model", said, "use launch.strategy: ddp")
+
+
+def by_memory(seen: Seen) -> Plan:
+    """The plan with `launch.strategy: auto` settled: pieces, where GPUs are too small for the whole and pieces can be
+    had; else whole weights, which cost less time. The origin says which numbers decided."""
+    plan = seen.plan
+    whole = setup(plan)
+    gpus, several = plan.machine.gpus, plan.resolved.num_processes > 1
+    if seen.recipe.launch.strategy != "auto" or whole is None or not gpus or not several:
+        return plan
+    room = min(gpu.memory_gib for gpu in gpus) * (1 - LOST) - CONTEXT_GIB
+    needed = estimate(whole).gib
+    fits = needed <= room
+    strategy = "ddp" if fits else "fsdp2"
+    resolved = plan.resolved.model_copy(update={"strategy": strategy})
+    told = f"about {needed:.1f} GiB a process with whole weights, {room:.1f} GiB of a GPU can be used"
+    spread = plan.model_copy(
+        update={"resolved": resolved, "origins": {**plan.origins, "launch.strategy": f"auto: {told}"}}
+    )
+    if fits or not any(sharding(replace(seen, plan=spread))):
+        return spread
+    return plan
