@@ -465,5 +465,14 @@ RULES: tuple[Rule, ...] = (
         "set launch.machine_rank and launch.main_process_ip",
         lint=lints.machines,
     ),
+    Rule(
+        "FT116",
+        "a configuration of accelerate that says what the recipe says",
+        "error",
+        "`accelerate launch --config_file` can ask for FSDP, DeepSpeed or gradient accumulation; the weights would be "
+        "wrapped twice, or the loss divided twice.",
+        "say it in the recipe",
+        lint=spread.of_accelerate,
+    ),
 )
 BY_ID = {rule.id: rule for rule in RULES}

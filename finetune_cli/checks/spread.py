@@ -1,6 +1,7 @@
 """Weights spread over the processes: what cannot be had with them, and when `auto` spreads them. No torch."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from finetune_cli.checks.rule import Found, Seen
@@ -57,3 +58,22 @@ def by_memory(seen: Seen) -> Plan:
     if fits or not any(sharding(replace(seen, plan=spread))):
         return spread
     return plan
+
+
+OF_ACCELERATE = {
+    "ACCELERATE_USE_FSDP": ("FSDP", "launch.strategy: fsdp2"),
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "launch.strategy: fsdp2"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "launch.strategy: fsdp2"),
+    "ACCELERATE_DYNAMO_BACKEND": ("torch.compile", "nothing in its place"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient accumulation", "train.global_batch_size"),
+}
+"""What `accelerate launch --config_file` puts into the environment beside processes and machines, and the key here."""
+
+
+def of_accelerate(_: Seen, environment: Mapping[str, str] = os.environ) -> Iterator[Found]:
+    """What a configuration of accelerate asks for and the recipe decides; processes, machines and devices of it are
+    honoured, and its precision is the recipe's."""
+    for name, (what, ours) in OF_ACCELERATE.items():
+        if environment.get(name, "").lower() not in ("", "0", "1" if "STEPS" in name else "", "false", "no"):
+            said = f"accelerate's configuration asks for {what} ({name}), which would be used beside the recipe's own"
+            yield Found("launch.strategy", said, f"take it out of that configuration and use {ours}")

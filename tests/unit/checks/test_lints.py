@@ -162,3 +162,14 @@ def test_auto_spreads_what_gpus_cannot_hold_whole(recipe_of, monkeypatch):
         assert "GiB a process with whole weights" in origin
     assert strategy(40, "strategy=ddp") == ("ddp", "recipe")
     assert strategy(40, "per_device_train_batch_size=auto")[0] == "ddp"  # pieces cannot be had with it
+
+
+def test_ft116_what_accelerate_is_asked_for_beside_the_recipe(of, monkeypatch):
+    for name, value in (("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"), ("ACCELERATE_DYNAMO_BACKEND", "no")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert of("FT116", fast=True) == []
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    found = of("FT116", fast=True)
+    assert ["FSDP" in found[0].message, "train.global_batch_size" in found[1].message] == [True, True]
