@@ -89,8 +89,14 @@ def model_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """Whole weights by name on the CPU, one gathered after the other, for the processes that `keep` them; of a model
     with adapters what is trained. Collective."""
     adapted = hasattr(model, "peft_config")
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad} if adapted else model.state_dict()
-    return {name: one.detach().cpu() for name, p in named.items() if (one := whole(p)) is not None and keep}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = trained if adapted else model.state_dict(keep_vars=True)
+    found: dict[int, Tensor] = {}
+    for p in named.values():
+        if id(p) not in found:  # tied weights stay one tensor
+            one = whole(p.detach())
+            found[id(p)] = one.cpu() if keep else one.new_empty(0)
+    return {name: found[id(p)] for name, p in named.items()} if keep else {}
 
 
 def gathered_state(value: Any, *, keep: bool) -> Any:
