@@ -14,7 +14,7 @@ from types import FrameType
 from finetune_cli import log, show
 from finetune_cli.engine import manifest
 from finetune_cli.engine.lock import RunLock
-from finetune_cli.engine.signals import CAUGHT, Stop, exit_code, held_back
+from finetune_cli.engine.signals import CAUGHT, Stop, exit_code, held_back, killed_by
 from finetune_cli.errors import FinetuneError, MachineError, RecipeError
 from finetune_cli.plan import launch
 from finetune_cli.plan.changes import Change, compare
@@ -235,10 +235,10 @@ def report_end(plan: Plan, code: int) -> int:
         raise failure
     if -code in CAUGHT:  # stopped before it listened
         return exit_code(-code)
-    killed = -code if code < 0 else code - 128 if code > 128 and code not in (130, 143) else 0
-    if killed:
+    killed = killed_by(code)
+    if killed is not None and code not in (130, 143):
         raise MachineError(
-            f"the training process was killed by {signal.Signals(killed).name}",
+            f"the training process was killed by {killed.name}",
             "SIGKILL is usually the system running out of memory: lower train.per_device_train_batch_size.",
         )
     if code not in (0, 130, 143):

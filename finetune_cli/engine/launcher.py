@@ -20,7 +20,7 @@ from types import FrameType
 import psutil
 
 from finetune_cli.engine.contact import LOST, SILENT, Contact
-from finetune_cli.engine.signals import CAUGHT, held_back
+from finetune_cli.engine.signals import CAUGHT, held_back, killed_by
 from finetune_cli.errors import MachineError
 
 GRACE = 5.0
@@ -107,7 +107,8 @@ def together(workers: Sequence["subprocess.Popen[bytes]"], contact: Contact, err
     if code in ENDED:
         contact.close()
         return code
-    own = f"a worker was killed by {signal.Signals(code - 128).name}" if code > 128 else told(error_file)
+    killed = killed_by(code)
+    own = f"a worker was killed by {killed.name}" if killed is not None else told(error_file)
     if own is not None and own.startswith(LOST):  # another machine's failure looks like this from here: it will say why
         until = time.monotonic() + SILENT + GRACE
         while time.monotonic() < until:

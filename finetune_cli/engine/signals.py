@@ -26,6 +26,12 @@ def exit_code(number: int) -> int:
     return 130 if number == signal.SIGINT else 143
 
 
+def killed_by(code: int) -> signal.Signals | None:
+    """The signal that an exit code tells of: negative as Python has it, above 128 as shells and launchers have it."""
+    number = -code if code < 0 else code - 128
+    return signal.Signals(number) if number in set(signal.Signals) else None
+
+
 class Interrupted(Exception):
     """A signal asked the run to end. `saved` is the checkpoint that it left, None before the first step."""
 
