@@ -22,13 +22,14 @@ STEPS, HALF = 20, 10
 ROOT = Path(__file__).parents[3]
 UNLIKE = {"tokens_per_second", "memory_gib", "seconds", "event"}
 CASES: dict[str, dict[str, Any]] = {
-    "sft": {"lora": None},
-    "dpo": {},
-    "dpo-full": {"lora": None, "method": {"precompute_ref_log_probs": False}},
-    "orpo": {},
-    "reward": {},
-    "ppo": {"method": {"reward": "reward.py:score", "num_ppo_epochs": 1}},
+    "sft": {"lora": None, "rate": 2e-4},
+    "dpo": {"rate": 9e-5},
+    "dpo-full": {"lora": None, "rate": 4e-5, "method": {"precompute_ref_log_probs": False}},
+    "orpo": {"rate": 5e-4},
+    "reward": {"rate": 5e-4},
+    "ppo": {"rate": 2e-4, "method": {"reward": "reward.py:score", "num_ppo_epochs": 1}},
 }
+"""Rates at the upper end of what passes for each method, so that weights move by much more than the bound."""
 SPREAD = ("sft", "dpo", "dpo-full", "orpo", "reward")
 OWN_ANSWERS = '''
 """A reward, and answers that are a function of the prompt, whichever process gives them."""
@@ -70,7 +71,10 @@ def recipe(folder: Path, model: Path, case: str, *, name: str, launch: dict[str,
             "eval_sets": str(write_rows(folder / f"{case}-eval.jsonl", rows[21:])),
         },
         lora=given.get("lora", {"r": 4, "lora_alpha": 8}),
-        train={"max_steps": STEPS, "global_batch_size": 8, **train},
+        train={
+            **{"max_steps": STEPS, "global_batch_size": 8, "learning_rate": given["rate"]},
+            **{"lr_scheduler_type": "constant", **train},
+        },
         eval={"eval_steps": HALF, "sample_prompts": 2 if case == "dpo" else 0},
         save={"save_steps": HALF},
         launch=launch,
@@ -185,4 +189,4 @@ def test_a_checkpoint_goes_on_in_pieces_and_out_of_them(case, runs):
 @pytest.mark.parametrize("case", CASES)
 def test_the_bounds_are_not_met_by_standing_still(case, runs):
     halfway, after = (weights(runs / f"{case}-one", step) for step in (HALF, STEPS))
-    assert distance(after, halfway) > 1e-3
+    assert distance(after, halfway) > 3e-4
