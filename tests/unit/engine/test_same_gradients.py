@@ -19,6 +19,7 @@ from tests.parity.stock import EDGES, token_rows
 
 pytestmark = pytest.mark.slow
 STEPS, HALF = 20, 10
+FLAT = {"lr_scheduler_type": "constant"}
 ROOT = Path(__file__).parents[3]
 UNLIKE = {"tokens_per_second", "memory_gib", "seconds", "event"}
 CASES: dict[str, dict[str, Any]] = {
@@ -71,10 +72,7 @@ def recipe(folder: Path, model: Path, case: str, *, name: str, launch: dict[str,
             "eval_sets": str(write_rows(folder / f"{case}-eval.jsonl", rows[21:])),
         },
         lora=given.get("lora", {"r": 4, "lora_alpha": 8}),
-        train={
-            **{"max_steps": STEPS, "global_batch_size": 8, "learning_rate": given["rate"]},
-            **{"lr_scheduler_type": "constant", **train},
-        },
+        train={"max_steps": STEPS, "global_batch_size": 8, "learning_rate": given["rate"], **FLAT, **train},
         eval={"eval_steps": HALF, "sample_prompts": 2 if case == "dpo" else 0},
         save={"save_steps": HALF},
         launch=launch,
