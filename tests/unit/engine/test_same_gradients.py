@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def play(processes: int, *arguments: str) -> None:
     place = ["--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     command = [sys.executable, "-m", "finetune_cli.engine.launcher", *place, "-m", "tests.several", *arguments]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -126,13 +126,16 @@ def assert_same(one: Path, other: Path, *, after: int = 0) -> None:
     assert distance(weights(one.with_suffix("")), weights(other.with_suffix(""))) < 1e-4
 
 
+SPLIT: dict[str, Any] = {"rows": 4, "num_processes": 2}
+Recipes = Callable[..., list[str]]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
-    """All cases in one process, in two, and spread over two; and the last half of each again from a checkpoint of
-    another form."""
+def recipes(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Recipes:
+    """Arguments of `play`: recipes of some cases, from the checkpoints of another form of them where `start` names it."""
     folder = tmp_path_factory.mktemp("same")
 
-    def recipes(name: str, cases: Iterable[str], *, rows: int, start: str | None = None, **more: Any) -> list[str]:
+    def make(name: str, cases: Iterable[str], *, rows: int, start: str | None = None, **more: Any) -> list[str]:
         train, launch = {"per_device_train_batch_size": rows, **more.pop("train", {})}, more
         made = [recipe(folder, tiny_model_folder, case, name=name, launch=launch, train=train) for case in cases]
         if start is None:
@@ -140,22 +143,31 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> P
         places = [folder / f"{case}-{start}" / f"checkpoint-{HALF}" for case in cases]
         return [f"{path}={place}" for path, place in zip(made, places, strict=True)]
 
-    spread = {"rows": 4, "num_processes": 2, "strategy": "fsdp2"}
-    play(1, *recipes("one", CASES, rows=1, num_processes=1))
+    return make
+
+
+@pytest.fixture(scope="module")
+def runs(recipes: Recipes) -> Path:
+    """All cases in one process and in two, and the last half of each again from a checkpoint of the other."""
+    one = recipes("one", CASES, rows=1, num_processes=1)
+    play(1, *one)
+    play(2, *recipes("two", CASES, **SPLIT), *recipes("one-then-two", CASES, **SPLIT, start="one"))
+    play(1, *recipes("two-then-one", CASES, rows=1, num_processes=1, start="two"))
+    return Path(one[0]).parent
+
+
+@pytest.fixture(scope="module")
+def spread(runs: Path, recipes: Recipes) -> Path:
+    """The same with weights in pieces."""
+    pieces = {**SPLIT, "strategy": "fsdp2"}
     play(
         2,
-        *recipes("two", CASES, rows=4, num_processes=2),
-        *recipes("one-then-two", CASES, rows=4, num_processes=2, start="one"),
-        *recipes("spread", SPREAD, **spread),
-        *recipes("checkpointed", SPREAD, **spread, train={"gradient_checkpointing": True}),
-        *recipes("one-then-spread", SPREAD, **spread, start="one"),
+        *recipes("spread", SPREAD, **pieces),
+        *recipes("checkpointed", SPREAD, **pieces, train={"gradient_checkpointing": True}),
+        *recipes("one-then-spread", SPREAD, **pieces, start="one"),
     )
-    play(
-        1,
-        *recipes("two-then-one", CASES, rows=1, num_processes=1, start="two"),
-        *recipes("spread-then-one", SPREAD, rows=1, num_processes=1, start="spread"),
-    )
-    return folder
+    play(1, *recipes("spread-then-one", SPREAD, rows=1, num_processes=1, start="spread"))
+    return runs
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -171,17 +183,17 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(case, runs):
 
 @pytest.mark.parametrize("form", ["spread", "checkpointed"])
 @pytest.mark.parametrize("case", SPREAD)
-def test_weights_in_pieces_learn_the_same(case, form, runs):
-    made = next(line for line in events(runs / f"{case}-{form}.yaml") if line["event"] == "made")
+def test_weights_in_pieces_learn_the_same(case, form, spread):
+    made = next(line for line in events(spread / f"{case}-{form}.yaml") if line["event"] == "made")
     assert made["as"].startswith("FSDP")  # and not DistributedDataParallel, as accelerate makes it on a CPU
     assert made["pieces"] == made["weights"] > 20
-    assert_same(runs / f"{case}-{form}.yaml", runs / f"{case}-one.yaml")
+    assert_same(spread / f"{case}-{form}.yaml", spread / f"{case}-one.yaml")
 
 
 @pytest.mark.parametrize("case", SPREAD)
-def test_a_checkpoint_goes_on_in_pieces_and_out_of_them(case, runs):
+def test_a_checkpoint_goes_on_in_pieces_and_out_of_them(case, spread):
     for name in ("one-then-spread", "spread-then-one"):
-        assert_same(runs / f"{case}-{name}.yaml", runs / f"{case}-one.yaml", after=HALF)
+        assert_same(spread / f"{case}-{name}.yaml", spread / f"{case}-one.yaml", after=HALF)
 
 
 @pytest.mark.parametrize("case", CASES)
