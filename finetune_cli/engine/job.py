@@ -118,7 +118,7 @@ class Job:
 
     def gathered(self) -> AbstractContextManager[None]:
         """A time in which processes need not compute in step. Collective."""
-        return shard.gathered(self.policy)
+        return shard.gathered(self.policy) if self.sharded else nullcontext()
 
     @property
     def generator(self) -> Any:

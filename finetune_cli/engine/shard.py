@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetune_cli.engine.role import Backbone
@@ -38,6 +36,9 @@ def spread(role: Backbone, accelerator: Any) -> nn.Module:
 
     accelerate would wrap it in DDP on a CPU, without a word; here it gives autocast alone.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     layers = decoder_layers(role.stock)
     wrapped: Any = accelerator.prepare_model(role, device_placement=False, evaluation_mode=True)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -51,6 +52,8 @@ def spread(role: Backbone, accelerator: Any) -> nn.Module:
 @contextmanager
 def gathered(role: nn.Module) -> Iterator[None]:
     """All weights whole in every process, which may then compute what and as often as it likes. Collective."""
+    from torch.distributed.fsdp import FSDPModule
+
     parts: list[Any] = [module for module in role.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)

@@ -132,7 +132,7 @@ Recipes = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Recipes:
-    """Arguments of `play`: recipes of some cases, from the checkpoints of another form of them where `start` names it."""
+    """Arguments of `play`: recipes of some cases, from the checkpoints of their form `start` where it is given."""
     folder = tmp_path_factory.mktemp("same")
 
     def make(name: str, cases: Iterable[str], *, rows: int, start: str | None = None, **more: Any) -> list[str]:
