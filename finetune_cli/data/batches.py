@@ -242,7 +242,7 @@ class Schedule:
         rows, size = self.step(step)[part::parts], self.per_device_batch_size
         forwards = -(-len(rows) // (size * world))
         own = share(rows, self.lengths, world, most=forwards * size)[rank]
-        cuts = [-(-len(own) * forward // forwards) for forward in range(forwards + 1)]
+        cuts = [-(-len(own) * forward // max(1, forwards)) for forward in range(forwards + 1)]
         yield from (own[start:stop] for start, stop in pairwise(cuts))
 
 

@@ -106,6 +106,12 @@ def test_with_very_uneven_rows_a_process_waits_for_less_than_a_tenth_of_a_step(w
     assert waited / whole < 0.1
 
 
+def test_an_update_without_rows_has_no_forwards():
+    """One row in a step of two updates."""
+    schedule = Schedule([3], 1, 1, seed=0)
+    assert [list(schedule.window(0, part=part, parts=2)) for part in range(2)] == [[[0]], []]
+
+
 def test_an_epoch_sees_every_row_once_and_epochs_differ():
     schedule = Schedule([1] * 10, 4, 2, seed=0)
     assert schedule.steps_per_epoch == 3
