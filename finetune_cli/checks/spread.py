@@ -32,6 +32,10 @@ def sharding(seen: Seen) -> Iterator[Found]:
     if resolved.precision == "fp16":
         said = "the scaler of fp16 was not tried with weights in pieces"
         yield Found("train.precision", said, "use bf16, or launch.strategy: ddp")
+    if recipe.model.new_tokens or (recipe.lora is not None and recipe.lora.trainable_token_indices):
+        key = "model.new_tokens" if recipe.model.new_tokens else "lora.trainable_token_indices"
+        said = "rows of new tokens are trained beside their embedding, which was not tried in pieces"
+        yield Found(key, said, "use launch.strategy: ddp")
     reference = resolved.reference
     if reference is not None and reference.sync_steps is not None:
         said = "a reference that follows the policy is saved whole, and lies in pieces"
