@@ -93,7 +93,8 @@ def sequences(plan: Plan, words: Words) -> list[list[int]]:
     """The beginnings of some rows of the run: of those that were held out where there are any."""
     sets = load_rows(plan.recipe, words.chat)
     rows = next((found.rows for found, _ in sets.evals.values() if found.rows), sets.train.rows)
-    return [[*row.prefix, *row.branches[0].ids][:TOKENS] for row in rows[:ROWS]]
+    # a prompt that the run answered itself has no branch
+    return [[*row.prefix, *(row.branches[0].ids if row.branches else ())][:TOKENS] for row in rows[:ROWS]]
 
 
 @torch.no_grad()
@@ -115,9 +116,10 @@ def write(model: Any, run: Path, words: Words, folder: Path, kind: str) -> None:
     models.untie(model)
     model.to(getattr(torch, kind))
     model.config.use_cache = True
-    if (run / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(run)
-    model.generation_config.eos_token_id = words.stops if len(words.stops) != 1 else words.stops[0]
+    if model.can_generate():  # a classifier does not
+        if (run / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(run)
+        model.generation_config.eos_token_id = words.stops if len(words.stops) != 1 else words.stops[0]
     model.save_pretrained(folder, max_shard_size=SHARD)
     AutoTokenizer.from_pretrained(run).save_pretrained(folder)
 

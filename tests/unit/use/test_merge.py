@@ -87,7 +87,7 @@ def test_large_models_are_saved_in_shards(trained, monkeypatch):
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) == len(list(folder.glob("model-*.safetensors"))) > 1
     assert found.largest < 1e-5
-    assert len(plain(folder, [20, 30])["logits"]) > 600
+    assert len(plain(folder, [20, 30])["logits"]) > 400
 
 
 def test_a_run_on_four_bits_is_merged_into_the_whole_base(trained, tiny_model_folder):
