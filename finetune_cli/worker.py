@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from finetune_cli import log
 from finetune_cli.engine.contact import LOST
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from finetune_cli.engine.hub import Pusher
 
 INTERNAL = 1
+HELD: list[Any] = []
+"""What must not be taken down while Python runs. With several processes a job holds a process group: the main thread
+would wait for gloo's thread to end with the interpreter locked, and that thread for the interpreter, to let go of its
+last collective (torch 2.13)."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,6 +83,8 @@ def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: 
         prepare.compare_rows(sets.train.rows, resume, anyway=anyway)
     prepare.meet(plan, resume)
     job, progress = prepare.build(plan, words, sets, show, resume=resume, stop=stop)
+    if job.world > 1:
+        HELD.append(job)
     job.warnings = [f"{problem.rule} {problem.message}" for problem in warned]
     lines: list[dict[str, Any]] = []
     if job.accelerator.is_main_process:
@@ -184,5 +190,14 @@ def read_error(path: Path) -> FinetuneError | None:
     return kind(value["message"], value["hint"], problems=tuple(Problem(**p) for p in value["problems"]))
 
 
+def leave(code: int) -> NoReturn:
+    """End the process; with nothing taken down where something is held."""
+    if HELD:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main(sys.argv[1:]))

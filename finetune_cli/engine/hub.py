@@ -223,8 +223,9 @@ class Pusher:
 
     def finished(self) -> str | None:
         """The result is in the run folder: upload it, wait, and say what failed."""
-        message = "the result"
-        self._take("result", result_files(self.run), message, newest_alone=self.strategy == "every_save")
+        parts = result_files(self.run)
+        if any(parts.values()):  # a run that never had a result leaves what it saved
+            self._take("result", parts, "the result", newest_alone=self.strategy == "every_save")
         with self._change:
             self._closed = True
             self._change.notify_all()
