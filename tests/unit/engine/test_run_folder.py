@@ -41,7 +41,7 @@ def run_here(job_of, monkeypatch):
 
         plan, loaded, _ = commands.planned(recipe, overrides)
         options = runs.Options(resume=resume, anyway=anyway)
-        start = runs.resumed(plan, options) if resume else None
+        start = runs.resumed(plan, options, mend=True) if resume else None
         runs.claim(plan, loaded, resume=resume, overwrite=overwrite)
         jobs, real = [], finish.finish
         monkeypatch.setattr(finish, "finish", lambda job, *rest: jobs.append(job) or real(job, *rest))
