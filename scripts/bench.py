@@ -439,7 +439,7 @@ def ours(settings: Settings, pipe: Pipe) -> None:
             settings, attention="sdpa", labels=plan.recipe.method.labels()
         )
     plan, _, _ = commands.planned(recipe(settings), ())
-    plan.run.mkdir(parents=True)
+    plan.run.mkdir(parents=True, exist_ok=True)
     words = prepare.bind(plan.recipe, plan.facts)
     job, _ = prepare.build(plan, words, load_rows(plan.recipe, words.chat), lambda _: None, resume=None)
     job.policy.train()
