@@ -2,7 +2,9 @@
 
 PyTorch's fused CPU kernel reaches a tenth of the machine's product rate on rows of some hundred tokens. Block by block
 of queries the scores fit into the cache, only keys that come before are multiplied, and a query meets all its keys at
-once, so the softmax is the ordinary one. Scores, softmax and their gradients are float32, as in the fused kernel.
+once, so the softmax is the ordinary one. Scores and softmax are float32, as in the fused kernel; the gradient of the
+probabilities is a product in the format of the model, which leaves every gradient nearer to the truth than the fused
+kernel's (docs/decisions.md).
 """
 
 from collections.abc import Iterator
@@ -117,26 +119,23 @@ class WrittenOut(torch.autograd.Function):
         kept.reverse()
         with torch.autocast(q_HTD.device.type, enabled=False):
             q_KND, do_KND = by_group(q_HTD, kv_heads), by_group(dout_THD.transpose(0, 1), kv_heads)
-            q_wide_KND, do_wide_KND = widened(q_KND) * scaling, widened(do_KND)
-            k_wide_KTD, v_wide_KTD = widened(k_KTD), widened(v_KTD)
+            q_wide_KND, k_wide_KTD = widened(q_KND) * scaling, widened(k_KTD)
             dq_KND = torch.empty_like(q_KND)
-            dk_KTD, dv_KTD = torch.zeros_like(k_wide_KTD), torch.zeros_like(v_wide_KTD)
+            dk_KTD, dv_KTD = torch.zeros_like(k_wide_KTD), widened(torch.zeros_like(v_KTD))
             for span in layout.spans:
-                k_KSD, k_wide_KSD, v_wide_KSD = (keys(x, span) for x in (k_KTD, k_wide_KTD, v_wide_KTD))
-                dk_KSD, dv_KSD = torch.zeros_like(k_wide_KSD), torch.zeros_like(v_wide_KSD)
+                k_KSD, k_wide_KSD, v_KSD = (keys(x, span) for x in (k_KTD, k_wide_KTD, v_KTD))
+                dk_KSD, dv_KSD = torch.zeros_like(k_wide_KSD), widened(torch.zeros_like(v_KSD))
                 for block in blocks(span):
                     own, seen = slice(block.start * groups, block.stop * groups), block.seen
                     if seen <= KEPT:
-                        low_KMS = kept.pop()
-                        p_KMS = widened(low_KMS)
+                        p_KMS = kept.pop()
                     else:
-                        p_KMS = probabilities(q_wide_KND[:, own], k_wide_KSD[:, :seen], rule, layout, groups)
-                        low_KMS = p_KMS.to(dtype)
-                    dp_KMS = torch.bmm(do_wide_KND[:, own], v_wide_KSD[:, :seen].transpose(1, 2))
-                    ds_KMS = torch._softmax_backward_data(dp_KMS, p_KMS, -1, p_KMS.dtype).to(dtype)
+                        p_KMS = probabilities(q_wide_KND[:, own], k_wide_KSD[:, :seen], rule, layout, groups).to(dtype)
+                    dp_KMS = torch.bmm(do_KND[:, own], v_KSD[:, :seen].transpose(1, 2))
+                    ds_KMS = torch._softmax_backward_data(dp_KMS, p_KMS, -1, dtype)
                     dq_KND[:, own] = torch.bmm(ds_KMS, k_KSD[:, :seen])
                     dk_KSD[:, :seen] += torch.bmm(ds_KMS.transpose(1, 2), q_KND[:, own])
-                    dv_KSD[:, :seen] += torch.bmm(low_KMS.transpose(1, 2), do_KND[:, own])
+                    dv_KSD[:, :seen] += torch.bmm(p_KMS.transpose(1, 2), do_KND[:, own])
                 add_keys(dk_KTD, dk_KSD, span)
                 add_keys(dv_KTD, dv_KSD, span)
             dq_HTD = dq_KND.mul_(scaling).view(kv_heads, tokens, groups, size).transpose(1, 2).reshape(q_HTD.shape)
