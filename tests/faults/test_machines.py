@@ -1,18 +1,21 @@
-"""Two machines as two network namespaces, each with an address of its own.
+"""Two machines as two network namespaces, each with an address of its own, and a cable between them that is pulled.
 
 Needs root and `ip`; skipped elsewhere, and where FAULT_POINTS is not set (`make faults` sets it).
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from finetune_cli.engine import manifest
 from tests.helpers import journal, questions, write_recipe, write_rows
 
 STEPS, SAVED = 400, 50
@@ -99,3 +102,26 @@ def test_two_machines_train_what_one_trains(recipe, whole):
     alone = start(recipe, recipe.parent / "alone", None, 0)
     assert alone.wait(timeout=200) == 0
     assert_same(whole, recipe.parent / "alone")
+
+
+def test_the_cable_is_pulled_mid_run(recipe, machines, whole):
+    run = recipe.parent / "pulled"
+    started = [start(recipe, run, name, rank) for rank, name in enumerate(machines)]
+    while not (run / f"checkpoint-{SAVED}" / "manifest.json").exists():
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.02)
+    ip("-n", machines[1], "link", "set", machines[1], "down")
+    pulled = time.monotonic()
+    try:
+        said = [process.communicate(timeout=60)[1] for process in started]
+    finally:
+        ip("-n", machines[1], "link", "set", machines[1], "up")
+    assert time.monotonic() - pulled < 60
+    assert [process.returncode for process in started] == [4, 4]
+    assert all("machine" in text and "silent for 30 seconds" in text for text in said), said
+    assert "Traceback" not in "".join(said)
+    kept = manifest.newest_whole(run)
+    assert kept is not None
+    assert json.loads((kept / "manifest.json").read_text())["step"] < STEPS
+    both(recipe, run, machines, "--resume")
+    assert_same(run, whole)
