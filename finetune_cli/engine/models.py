@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 
 from finetune_cli.data import builtin
-from finetune_cli.engine import lora
+from finetune_cli.engine import lora, norms
 from finetune_cli.engine.manifest import BASE
 from finetune_cli.errors import ModelError
 from finetune_cli.log import LOGGER
@@ -214,6 +214,7 @@ def load_policy(plan: Plan, location: Location) -> Any:
         if p.requires_grad:  # peft leaves modules that are trained in full as they were loaded
             p.data = p.data.float()
     lora.hasten(model)
+    norms.hasten(model)
     if plan.resolved.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
