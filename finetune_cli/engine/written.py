@@ -97,11 +97,13 @@ class WrittenOut(torch.autograd.Function):
         with torch.autocast(q_HTD.device.type, enabled=False):
             out_KND = q_HTD.new_empty(kv_heads, tokens * groups, size)
             q_KND, wide_KTD = widened(by_group(q_HTD, kv_heads)) * scaling, widened(k_KTD)
+            room = scratch(q_KND, layout, groups)
             for span in layout.spans:
                 k_KSD, v_KSD = keys(wide_KTD, span), keys(v_KTD, span)
                 for block in blocks(span):
                     own = slice(block.start * groups, block.stop * groups)
-                    p_KMS = probabilities(q_KND[:, own], k_KSD[:, : block.seen], rule, layout, groups).to(q_HTD.dtype)
+                    p_wide_KMS = probabilities(q_KND[:, own], k_KSD[:, : block.seen], rule, layout, groups, room)
+                    p_KMS = p_wide_KMS.to(q_HTD.dtype, copy=True)
                     out_KND[:, own] = torch.bmm(p_KMS, v_KSD[:, : block.seen])
                     if keeping and block.seen <= KEPT:
                         kept.append(p_KMS)
@@ -119,20 +121,22 @@ class WrittenOut(torch.autograd.Function):
         kept.reverse()
         with torch.autocast(q_HTD.device.type, enabled=False):
             q_KND, do_KND = by_group(q_HTD, kv_heads), by_group(dout_THD.transpose(0, 1), kv_heads)
-            q_wide_KND, k_wide_KTD = widened(q_KND) * scaling, widened(k_KTD)
+            room, spare = scratch(widened(q_KND[:, :0]), layout, groups), scratch(q_KND, layout, groups)
             dq_KND = torch.empty_like(q_KND)
-            dk_KTD, dv_KTD = torch.zeros_like(k_wide_KTD), widened(torch.zeros_like(v_KTD))
+            dk_KTD, dv_KTD = widened(torch.zeros_like(k_KTD)), widened(torch.zeros_like(v_KTD))
             for span in layout.spans:
-                k_KSD, k_wide_KSD, v_KSD = (keys(x, span) for x in (k_KTD, k_wide_KTD, v_KTD))
-                dk_KSD, dv_KSD = torch.zeros_like(k_wide_KSD), widened(torch.zeros_like(v_KSD))
+                k_KSD, v_KSD = keys(k_KTD, span), keys(v_KTD, span)
+                dk_KSD, dv_KSD = widened(torch.zeros_like(k_KSD)), widened(torch.zeros_like(v_KSD))
                 for block in blocks(span):
                     own, seen = slice(block.start * groups, block.stop * groups), block.seen
                     if seen <= KEPT:
                         p_KMS = kept.pop()
                     else:
-                        p_KMS = probabilities(q_wide_KND[:, own], k_wide_KSD[:, :seen], rule, layout, groups).to(dtype)
-                    dp_KMS = torch.bmm(do_KND[:, own], v_KSD[:, :seen].transpose(1, 2))
-                    ds_KMS = torch._softmax_backward_data(dp_KMS, p_KMS, -1, dtype)
+                        q_KMD, k_KSD_wide = widened(q_KND[:, own]) * scaling, widened(k_KSD[:, :seen])
+                        p_KMS = probabilities(q_KMD, k_KSD_wide, rule, layout, groups, room).to(dtype)
+                    ds_KMS = spare[: p_KMS.numel()].view(p_KMS.shape)
+                    torch.bmm(do_KND[:, own], v_KSD[:, :seen].transpose(1, 2), out=ds_KMS)
+                    torch._softmax_backward_data(ds_KMS, p_KMS, -1, dtype, grad_input=ds_KMS)
                     dq_KND[:, own] = torch.bmm(ds_KMS, k_KSD[:, :seen])
                     dk_KSD[:, :seen] += torch.bmm(ds_KMS.transpose(1, 2), q_KND[:, own])
                     dv_KSD[:, :seen] += torch.bmm(p_KMS.transpose(1, 2), do_KND[:, own])
@@ -153,9 +157,17 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def probabilities(q_KMD: Tensor, k_KSD: Tensor, rule: Rule, layout: Segments, groups: int) -> Tensor:
-    """Of scaled queries: [K, M, S], in their format."""
-    scores_KMS = torch.bmm(q_KMD, k_KSD.transpose(1, 2))
-    kv_heads, _, seen = scores_KMS.shape
+def scratch(q_KND: Tensor, layout: Segments, groups: int) -> Tensor:
+    """Memory, in the format of q, for the scores of the largest block, which all blocks use: what was written last is
+    in the cache still."""
+    sizes = ((block.stop - block.start) * block.seen for span in layout.spans for block in blocks(span))
+    return q_KND.new_empty(q_KND.shape[0] * groups * max(sizes, default=0))
+
+
+def probabilities(q_KMD: Tensor, k_KSD: Tensor, rule: Rule, layout: Segments, groups: int, scratch_N: Tensor) -> Tensor:
+    """Of scaled queries: [K, M, S], in their format and in `scratch_N`, until it is used again."""
+    shape = kv_heads, rows, seen = q_KMD.shape[0], q_KMD.shape[1], k_KSD.shape[1]
+    scores_KMS = scratch_N[: kv_heads * rows * seen].view(shape)
+    torch.bmm(q_KMD, k_KSD.transpose(1, 2), out=scores_KMS)
     hide(scores_KMS.view(kv_heads, -1, groups, seen), rule, layout)
-    return scores_KMS.softmax(-1)
+    return torch.softmax(scores_KMS, -1, out=scores_KMS)

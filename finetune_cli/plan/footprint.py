@@ -243,8 +243,9 @@ def kept_by_layer(s: Setup) -> float:
     """Bytes that one layer keeps, all its tokens together, weights that autocast casts included."""
     shape, t, c = s.shape, s.rows.tokens, s.compute
     d, i, q, k = shape.hidden, shape.inner, shape.queries, shape.keys
-    norms = shape.norms * t * WIDE * d
-    norms += t * WIDE * (q + k) if shape.qk_norm else 0
+    kept = (WIDE, WIDE) if s.full else (s.residual, c)  # a frozen norm keeps its input as it came (`engine/norms.py`)
+    norms = shape.norms * t * kept[0] * d
+    norms += t * kept[1] * (q + k) if shape.qk_norm else 0
     if s.full:  # the norms' own weights learn
         wide = WIDE if shape.scale_is_kept else c
         norms += shape.norms * t * WIDE * d + (t * wide * (q + k) if shape.qk_norm else 0)
