@@ -17,7 +17,7 @@ test:
 
 # 30 kills for each method, and as many of the other faults; about six minutes on two cores.
 faults:
-	FAULT_POINTS=30 $(PYTHON) -m pytest tests/faults
+	FAULT_POINTS=30 $(PYTHON) -m pytest -n 0 tests/faults
 
 format:
 	$(PYTHON) -m ruff format .

@@ -1,6 +1,7 @@
 """Fixtures of all tests: a cache of their own, a tiny model, and jobs made in this process."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,12 @@ from typing import Any
 import pytest
 
 from tests.helpers import model_folder, questions, write_recipe, write_rows
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Test processes side by side take one core each: threads that wait for each other at barriers cost far more."""
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
