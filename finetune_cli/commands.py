@@ -197,7 +197,10 @@ def methods(name: str | None) -> int:
     for key, info in method.model_fields.items():
         if key != "name":
             about = " ".join(manual.get(key, "").split())
-            show.out.print(f"  {key} = {json.dumps(info.default)}\n      {about}", markup=False)
+            default = (
+                "(required)" if info.is_required() else f"= {json.dumps(info.get_default(call_default_factory=True))}"
+            )
+            show.out.print(f"  {key} {default}\n      {about}", markup=False)
     return 0
 
 

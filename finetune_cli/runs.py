@@ -85,7 +85,11 @@ def ended(plan: Plan) -> bool:
     """Finished, and as long as it is asked to be. Raises RecipeError where another recipe's run is finished here."""
     if not finished(plan.run):
         return False
-    before = Plan.model_validate_json((plan.run / "plan.json").read_text(encoding="utf-8"))
+    try:
+        before = Plan.model_validate_json((plan.run / "plan.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        hint = "Name another output_dir, or replace the run with --overwrite."
+        raise RecipeError(f"{plan.run} is finished, and its plan.json is none of this version", hint) from error
     changes = compare(before.effective, plan.effective)
     if any(c.kind == "length" for c in changes):
         return False

@@ -357,9 +357,10 @@ def closing(plan: Plan, report: Mapping[str, Any]) -> Group:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("", "before", "after"):
         table.add_column(column)
+    after = {**report["last"], **report["result_metrics"]}
     for name, value in report["first"].items():
         if name.startswith("eval_") or name == "loss":
-            table.add_row(name, f"{value:.4g}", f"{report['last'][name]:.4g}")
+            table.add_row(name, f"{value:.4g}", f"{after[name]:.4g}")
     run = short(str(plan.run))
     signs = ", ".join(f"{rule} {count}x" for rule, count in report["health"].items())
     lines = [

@@ -34,5 +34,5 @@ def missing(loaded: Loaded, key: str, source: Source) -> Iterator[Problem]:
         beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES) if path.parent.is_dir() else []
         hint = f"; that folder has {', '.join(beside[:5])}" if beside else ""
         yield loaded.problem(key, f"{path} does not exist{hint}")
-    elif path.is_file() and path.suffix not in SUFFIXES:
+    elif path.is_file() and path.suffix.lower() not in SUFFIXES:
         yield loaded.problem(key, f"{path.name} is of a kind that is not read; use {', '.join(SUFFIXES)}")

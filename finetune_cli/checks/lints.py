@@ -38,6 +38,11 @@ TRACKERS = {
 }  # fmt: skip
 """What accelerate can track, and the package that each needs."""
 
+METRICS = ("exact_match", "json_match")
+"""Those that have a name; others are functions of the user's."""
+NO_EVAL_ROWS = ": there are neither data.eval_sets nor data.eval_split"
+NAME_ROWS = "name rows in data.eval_sets, or hold some out with data.eval_split"
+
 FEWEST_STEPS = 20
 
 
@@ -214,8 +219,23 @@ def method_misfits(seen: Seen) -> Iterator[Found]:
         yield Found(key, evidence, severity="error" if severity == "error" else "warning")
     if recipe.method.online:
         yield from own_answers(seen)
-    if recipe.eval.metric is not None and not recipe.method.generates:
+    if recipe.eval.metric is not None:
+        yield from metric(seen, recipe.eval.metric)
+    if recipe.save.load_best_model_at_end is True and not (recipe.data.eval_sets or recipe.data.eval_split):
+        yield Found("save.load_best_model_at_end", f"which is the best is not known{NO_EVAL_ROWS}", NAME_ROWS)
+
+
+def metric(seen: Seen, name: str) -> Iterator[Found]:
+    """One that is none, of a model that gives no answers, or on no rows."""
+    recipe = seen.recipe
+    file, _, function = name.rpartition(":")
+    if not recipe.method.generates:
         yield Found("eval.metric", f"{recipe.method.name} trains no model that answers", "take it out", "error")
+    elif name not in METRICS and not (file.endswith(".py") and function):
+        known = " or ".join(METRICS)
+        yield Found("eval.metric", f"{Path(name).name!r} is no metric", f"use {known}, or file.py:function", "error")
+    elif not (recipe.data.eval_sets or recipe.data.eval_split):
+        yield Found("eval.metric", f"is never computed{NO_EVAL_ROWS}", NAME_ROWS)
 
 
 def own_answers(seen: Seen) -> Iterator[Found]:

@@ -39,12 +39,13 @@ def lengths(seen: SeenRows) -> Iterator[Found]:
         if not dropped and not report["truncated"]:
             continue
         cut = report["targets"]["cut"]
-        lost = share(cut, cut + report["targets"]["trained"], "trained tokens")
+        trained = cut + report["targets"]["trained"]  # prompts alone have none
+        lost = f", with them {share(cut, trained, 'trained tokens')}" if trained else ""
         what = f"{counted(dropped, 'row')} dropped" if dropped else f"{counted(report['truncated'], 'row')} cut"
         spread = ", ".join(f"{name} {length}" for name, length in report["lengths"].items())
         said = f"of {report['read']:,} rows {what} at {most} tokens (data.overlength: {seen.recipe.data.overlength})"
         room = f"a data.max_length of {report['lengths']['max']} takes them all"
-        yield Found(key, f"{said}, with them {lost}; lengths: {spread}", room)
+        yield Found(key, f"{said}{lost}; lengths: {spread}", room)
 
 
 def ends(row: Row) -> Iterator[tuple[Branch, int]]:
@@ -277,9 +278,12 @@ def copies_and_lengths(seen: SeenRows) -> Iterator[Found]:
 
 def run_length(seen: SeenRows) -> Iterator[Found]:
     """Where the number of steps follows from the number of rows."""
-    train = seen.recipe.train
-    if train.max_steps is None:
-        each = math.ceil(units(seen) / seen.plan.resolved.global_batch_size)
+    train, batch = seen.recipe.train, seen.plan.resolved.global_batch_size
+    asked = seen.recipe.method.steps_in_all(batch)
+    if asked is not None:
+        yield from in_steps(seen, asked, "method.total_episodes")
+    elif train.max_steps is None:
+        each = math.ceil(units(seen) / batch)
         yield from in_steps(seen, max(1, math.ceil(train.num_train_epochs * each)), "train.num_train_epochs")
 
 

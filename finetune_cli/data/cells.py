@@ -133,6 +133,8 @@ class Cells:
         if role == "function_call":
             calls = self.calls(f"{field}.{named[1]}", decoded(value.get(named[1])))
             return {"role": "assistant", "content": "", **said, "tool_calls": calls}
+        if said.get("tool_calls") == []:  # as some tools write a turn that calls none
+            del said["tool_calls"]
         if "tool_calls" in said:
             said["tool_calls"] = self.calls(f"{field}.tool_calls", said["tool_calls"])
         if not isinstance(said.get("trainable", True), bool) or ("trainable" in said and role != "assistant"):

@@ -102,9 +102,9 @@ def why(row: Row, cause: str, max_length: int) -> str:
 def blocks(row: Row, whole: Row, found: Found, chat: Chat) -> Iterator[Block]:
     """The prefix once and then each branch; a row of one branch and no prefix is one block."""
     start = len(row.prefix)
-    first = row.branches[0]
     if start:
-        pieces = read(chat, row.prefix, targets(row, first)[:start])
+        trained = targets(row, row.branches[0])[:start] if row.branches else [False] * start  # prompts alone have none
+        pieces = read(chat, row.prefix, trained)
         yield Block("prompt", turns(pieces, said(found)[0], chat))
     for branch, longer in zip(row.branches, whole.branches, strict=True):
         ids = [*row.prefix, *longer.ids]

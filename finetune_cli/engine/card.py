@@ -19,7 +19,7 @@ def card(plan: Plan, report: Mapping[str, Any], *, adapted: bool) -> str:
     kind = "An adapter for" if adapted else "A fine-tuned copy of"
     return mask(
         f"---\n{front_matter(plan, adapted=adapted)}---\n\n# {plan.run.name}\n\n"
-        f"{kind} `{name}`, trained with {method.name} on {report['rows']['kept']} rows "
+        f"{kind} `{name}`, trained with {method.name} on {trained_rows(report)} rows "
         f"({report['tokens']['trained']} trained tokens, {report['steps']} steps of "
         f"{plan.resolved.global_batch_size} rows). The weights are those of step {report['result']['step']} "
         f"({report['result']['is']}).\n\n{beside(plan, adapted=adapted)}{table}{settings(plan)}"
@@ -64,11 +64,18 @@ def beside(plan: Plan, *, adapted: bool) -> str:
 
 
 def numbers(report: Mapping[str, Any]) -> str:
-    found = [name for name in report["first"] if name.startswith("eval_")]
+    """Before training, and of the weights that this is the card of."""
+    after = report["result_metrics"]
+    found = [name for name in report["first"] if name in after]
     if not found:
         return ""
-    rows = "".join(f"| {name} | {report['first'][name]:.4g} | {report['last'][name]:.4g} |\n" for name in found)
+    rows = "".join(f"| {name} | {report['first'][name]:.4g} | {after[name]:.4g} |\n" for name in found)
     return f"| | before | after |\n|---|---|---|\n{rows}\n"
+
+
+def trained_rows(report: Mapping[str, Any]) -> int:
+    kept, held_out = report["rows"]["kept"], report["rows"].get("held_out", 0)
+    return int(kept - held_out)
 
 
 def settings(plan: Plan) -> str:

@@ -25,12 +25,19 @@ def finish(job: Job, progress: Progress, lines: list[dict[str, Any]]) -> dict[st
         if path.name not in NOT_THE_RESULT and path.suffix != ".pt":
             copy(path, run / path.name)
     report = make_report(job, progress, step) | {"health": counted(lines)}
+    report["result_metrics"] = measured(lines, step)
     state = {"global_step": progress.step, "epoch": progress.step / job.schedule.steps_per_epoch, "log_history": lines}
     write_json(run / "trainer_state.json", state)
     write_text(run / "README.md", card(job.plan, report, adapted=(run / "adapter_config.json").exists()))
     flush(run)
     write_json(run / "report.json", report)  # last: it says that all the others are there
     return report
+
+
+def measured(lines: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """What the evaluation after a step found; a resumed run may have done it twice."""
+    found = [line for line in lines if line["event"] == "eval" and line["step"] == step]
+    return {name: value for line in found for name, value in line.items() if name.startswith("eval_")}
 
 
 def copy(source: Path, target: Path) -> None:

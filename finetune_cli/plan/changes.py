@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_cli.methods import registry
+
 HARMLESS = (
     "output_dir", "ignore", "eval.", "generation.", "save.", "logging.", "health.", "launch.main_process_",
     "launch.machine_rank", "launch.num_machines", "model.trust_remote_code", "train.gradient_accumulation_steps",
@@ -22,6 +24,8 @@ ROUNDING = (
     "train.per_device_train_batch_size", "train.gradient_checkpointing", "model.attn_implementation", "model.layout",
     "launch.strategy",
 )  # fmt: skip
+DRAWING = ("generation.",)
+"""Keys that have a part in the training where answers are drawn to learn from."""
 LENGTH = ("train.num_train_epochs", "train.max_steps")
 BEST = ("eval.metric", "eval.metric_rows", "data.eval_sets", "data.eval_split", "save.load_best_model_at_end")
 """Keys that make an evaluation another than the one before."""
@@ -47,10 +51,14 @@ class Change:
     key: str
     before: Any
     now: Any
+    drawn: bool = False
+    """Whether the method learns from answers that it draws itself."""
 
     @property
     def kind(self) -> str:
         """harmless | rounding | length | training | impossible"""
+        if self.drawn and _among(self.key, DRAWING):
+            return "training"
         for kind, keys in (("harmless", (*HARMLESS, *BY_ROWS)), ("rounding", ROUNDING), ("length", LENGTH)):
             if _among(self.key, keys):
                 return kind
@@ -87,7 +95,8 @@ def effective(recipe: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[st
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Every key that differs. A section that one side has and the other has not is one change; a key that one side
     does not know at all is of another version of this program, and none."""
-    changes = [Change(key, before[key], now[key]) for key in now if key in before and before[key] != now[key]]
+    drawn = draws(now)
+    changes = [Change(key, before[key], now[key], drawn) for key in now if key in before and before[key] != now[key]]
     for one, other in ((before, now), (now, before)):
         for key in (k for k in one if not one[k] and k not in other):
             section = {k: v for k, v in other.items() if k.startswith(key + ".")}
@@ -96,7 +105,15 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     return changes
 
 
+def draws(values: Mapping[str, Any]) -> bool:
+    """Whether the method of a recipe learns from answers that it draws itself."""
+    method = registry().get(str(values.get("method.name")))
+    return method is not None and method.online
+
+
 def fingerprint(values: Mapping[str, Any]) -> str:
     """Of what is trained and how; not of logging, saving, places of files, or how a step is split."""
-    kept = {k: v for k, v in values.items() if not _among(k, (*HARMLESS, *ROUNDING, "data.eval_sets"))}
+    trains = DRAWING if draws(values) else ()
+    left_out = (*HARMLESS, *ROUNDING, "data.eval_sets")
+    kept = {k: v for k, v in values.items() if _among(k, trains) or not _among(k, left_out)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

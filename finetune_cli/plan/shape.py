@@ -72,7 +72,8 @@ class Shape(Spec):
         text = config.get("text_config") or config
         kind = str(text.get("model_type") or config.get("model_type"))
         found = {name: _either(text, name, *others) for name, others in OTHER_NAMES.items()}
-        if not all(found[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")):
+        needed = [found[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
+        if not all(needed) or not text.get("vocab_size"):  # what is left out is the family's default, not known here
             return None
         hidden, heads = found["hidden_size"], found["num_attention_heads"]
         inner = found["intermediate_size"] or 4 * hidden
@@ -84,7 +85,7 @@ class Shape(Spec):
         biased = kind in QKV_BIAS or bool(text.get("attention_bias"))
         return cls(
             hidden=hidden, inner=inner, layers=found["num_hidden_layers"], heads=heads, kv_heads=kv_heads,
-            head_dim=head_dim, vocabulary=int(text.get("vocab_size") or 0),
+            head_dim=head_dim, vocabulary=int(text["vocab_size"]),
             tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", kind.startswith("gemma")))),
             gated=kind not in NO_GATE, norms=4 if kind.startswith(("gemma2", "gemma3", "glm4")) else 2,
             qk_norm=kind in QK_NORM, scale_is_kept=kind.startswith("gemma"),

@@ -15,7 +15,7 @@ from finetune_cli.errors import RecipeError
 from finetune_cli.recipe import scalars, yaml
 from finetune_cli.recipe.load import load
 from finetune_cli.recipe.names import REMEDIES, RENAMED
-from finetune_cli.recipe.secrets import is_secret
+from finetune_cli.recipe.secrets import is_secret, mask
 from finetune_cli.recipe.sections import Recipe
 from finetune_cli.recipe.shape import fields, leaves, methods
 from finetune_cli.recipe.translations import AXOLOTL, FACTORY, NO_COUNTERPART, TRANSLATED, TRL, Draft
@@ -47,7 +47,9 @@ def draft(given: Mapping[str, Any], *, method: str | None = None) -> Draft:
         raise RecipeError(
             f"{made.method!r}, which this {tool} recipe asks for, is not here", f"Known: {', '.join(methods(Recipe))}."
         )
-    for key, value in given.items():
+    if tool == FACTORY:
+        made.given.setdefault("finetuning_type", "lora")  # its default
+    for key, value in made.given.items():
         if value is not None and value != "":
             place(made, key, value)
     settle(made)
@@ -161,9 +163,16 @@ def written(draft: Draft, name: str) -> str:
 
 def _flat(key: str, value: Any) -> str:
     """A value in one line of a comment; never a secret."""
-    if is_secret(key, value):
-        return "(a secret, left out)"
-    return one_line(json.dumps(value, ensure_ascii=False, default=str))[:200]
+    return one_line(mask(json.dumps(without_secrets(key, value), ensure_ascii=False, default=str)))[:200]
+
+
+def without_secrets(key: str, value: Any) -> Any:
+    """The same with a word in place of each secret, however deep it lies."""
+    if isinstance(value, Mapping):
+        return {name: without_secrets(str(name), inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(key, inner) for inner in value]
+    return "(a secret, left out)" if is_secret(key.rpartition(" ")[2], value) else value
 
 
 def one_line(text: str) -> str:

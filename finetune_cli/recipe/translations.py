@@ -71,7 +71,8 @@ def targets(draft: Draft, _: str, value: Any) -> None:
 
 def datasets(draft: Draft, key: str, value: Any) -> None:
     """axolotl's list of sets, and TRL's."""
-    sets = [source(draft, one) for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    named = [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    sets = [made for one in named for made in sources(draft, one)]
     if not sets:
         return draft.note(key, REMEDIES.get(key, "name files or hub ids in data.train"))
     draft.put("data.train" if key == "datasets" else "data.eval_sets", sets if key == "datasets" else sets[0])
@@ -80,11 +81,19 @@ def datasets(draft: Draft, key: str, value: Any) -> None:
     return None
 
 
+def sources(draft: Draft, one: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One, or one for each of its files."""
+    made, files = source(draft, one), one.get("data_files")
+    if not files:
+        return [made]
+    if made.get("path") not in ("json", "csv", "parquet") or not isinstance(files, str | list):
+        draft.notes.append(("datasets: data_files", files, "files of a hub repository cannot be chosen: name a split"))
+        return [made]
+    return [{**made, "path": file} for file in ([files] if isinstance(files, str) else files)]
+
+
 def source(draft: Draft, one: Mapping[str, Any]) -> dict[str, Any]:
     made = {key: one[key] for key in ("path", "name", "split") if one.get(key) is not None}
-    files = one.get("data_files")
-    if made.get("path") in ("json", "csv", "parquet") and files:
-        made["path"] = files if isinstance(files, str) else files[0]
     columns = dict(_columns(one))
     roles = dict(one.get("roles") or {})
     for key in (key for key in one if key not in TAKEN and key not in READ_ALIKE):
@@ -138,7 +147,8 @@ def named_sets(draft: Draft, key: str, value: Any) -> None:
 def test_split(draft: Draft, key: str, value: Any) -> None:
     if draft.given.get("eval_strategy", "no") == "no":
         return draft.note(key, "nothing is evaluated without eval_strategy; here rows in data.eval_sets are")
-    return draft.put("data.eval_sets", {"path": draft.given.get("dataset_name"), "split": value})
+    parts = {"path": draft.given.get("dataset_name"), "name": draft.given.get("dataset_config"), "split": value}
+    return draft.put("data.eval_sets", {key: part for key, part in parts.items() if part})
 
 
 def held_out(draft: Draft, key: str, value: Any) -> None:
@@ -150,8 +160,13 @@ def held_out(draft: Draft, key: str, value: Any) -> None:
 def per_epoch(draft: Draft, key: str, value: Any) -> None:
     """So many an epoch, as a share of the run."""
     epochs = draft.given.get("num_epochs", draft.given.get("num_train_epochs"))
-    if not isinstance(epochs, int | float) or not isinstance(value, int | float) or value <= 0:
+    if key == "evals_per_epoch" and value == 1:
+        return draft.put("eval.eval_strategy", "epoch")
+    known = all(isinstance(number, int | float) and number > 0 for number in (epochs, value))
+    if not known or (draft.given.get("max_steps") or 0) > 0:
         return draft.note(key, REMEDIES[key])
+    if value * epochs <= 1:
+        return draft.note(key, "that is the end of the run at the earliest, where it is saved and evaluated anyway")
     return draft.put(KINDS[key], round(1 / (value * epochs), 4))
 
 
@@ -166,10 +181,14 @@ def inputs(draft: Draft, key: str, value: Any) -> None:
 
 def tokens_of_answers(draft: Draft, key: str, value: Any) -> None:
     """completion_only_loss, assistant_only_loss"""
-    if draft.method == "sft" and key == "assistant_only_loss" and value:
+    if draft.method != "sft":
+        return
+    if draft.given.get("assistant_only_loss"):
         draft.put("method.loss_on", "assistant")
-    elif draft.method == "sft" and not value:
+    elif draft.given.get("completion_only_loss") is False:
         draft.put("method.loss_on", "all")
+    elif not value:
+        draft.note(key, "left to method.loss_on: assistant for messages (all trains every token), completion for pairs")
 
 
 def kernel(draft: Draft, key: str, value: Any) -> None:

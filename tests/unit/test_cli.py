@@ -407,6 +407,9 @@ def test_lists(command):
     assert "loss_on = null" in out
     assert "packing = false" in out
     assert "messages" in out
+    code, out, _ = command("methods", "ppo")
+    assert code == 0
+    assert "reward (required)" in out
     fails(command("methods", "sftt"), 2, "'sftt'")
 
 

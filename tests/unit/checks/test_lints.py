@@ -107,6 +107,10 @@ def test_ft105_output_dir_is_an_input(of, tiny_model_folder, tmp_path):
         ({"name": "dpo", "sync_ref_model": True, "ref_model_mixup_alpha": 1.0}, {}, []),
         ({"name": "dpo", "sync_ref_model": True}, {"lora": None}, []),
         ({"name": "reward"}, {"eval": {"metric": "exact_match"}}, [("eval.metric", "error")]),
+        ({"name": "sft"}, {"eval": {"metric": "exact-match"}}, [("eval.metric", "error")]),
+        ({"name": "sft"}, {"eval": {"metric": "exact_match"}}, [("eval.metric", "warning")]),
+        ({"name": "sft"}, {"eval": {"metric": "exact_match"}, "data": {"eval_split": 0.5}}, []),
+        ({"name": "sft"}, {"save": {"load_best_model_at_end": True}}, [("save.load_best_model_at_end", "warning")]),
     ],
 )
 def test_ft111_settings_of_the_method(of, method, sections, wanted):
@@ -172,3 +176,10 @@ def test_ft116_what_accelerate_is_asked_for_beside_the_recipe(of, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     found = of("FT116", fast=True)
     assert ["FSDP" in found[0].message, "train.global_batch_size" in found[1].message] == [True, True]
+
+
+def test_the_named_metrics_are_those_that_there_are():
+    from finetune_cli.checks.lints import METRICS
+    from finetune_cli.engine.metrics import NAMED
+
+    assert list(METRICS) == list(NAMED)

@@ -323,3 +323,12 @@ def test_whatever_the_rows_are_there_is_an_answer(says, rows, most, how):
 def test_a_huge_row(says):
     rows = [*questions(30), {"messages": said("a", "word " * 200_000)}]
     assert [p.rule for p in says(rows=rows, ignore=["FT033"])] == ["FT002"]
+
+
+def test_ft002_of_prompts_alone(of, tmp_path):
+    """They have no trained tokens, of which a share could be lost."""
+    (tmp_path / "judge.py").write_text("def judge(prompts, responses, rows):\n    return [0.0 for _ in prompts]\n")
+    rows = [{"prompt": f"question {i}"} for i in range(30)] + [{"prompt": "long " * 300}]
+    method = {"name": "ppo", "reward": f"{tmp_path}/judge.py:judge"}
+    (problem,) = of("FT002", rows=rows, method=method)
+    assert "of 31 rows 1 row dropped at 128 tokens (data.overlength: drop); lengths" in problem.message

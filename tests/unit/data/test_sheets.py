@@ -151,3 +151,13 @@ def test_a_row_that_cannot_be_rendered(rows_and_chat, row):
     assert sheet.error.startswith("malformed: ")
     assert "train.jsonl:2" in sheet.error
     assert sheet.blocks == []
+
+
+def test_a_prompt_alone_is_shown(rows_and_chat, tmp_path):
+    (tmp_path / "judge.py").write_text("def judge(prompts, responses, rows):\n    return [0.0 for _ in prompts]\n")
+    method = {"name": "ppo", "reward": f"{tmp_path}/judge.py:judge"}
+    recipe, chat = rows_and_chat([{"prompt": said("one")}], method=method)
+    (sheet,) = sheets_of(recipe, chat)
+    (block,) = sheet.blocks
+    assert (block.name, sheet.trained, sheet.tokens) == ("prompt", 0, block.tokens)
+    assert "one" in text_of(piece for turn in block.turns for piece in turn.pieces)

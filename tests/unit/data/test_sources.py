@@ -235,6 +235,7 @@ def test_a_method_sees_the_shapes_it_takes():
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [json.loads(CALL)]}]},
             {"messages": [{"role": "assistant", "content": "", "tool_calls": CALLED}]},
         ),
+        ({"messages": [said("one")[0], {**said("one", "two")[1], "tool_calls": []}]}, TALK),
         ({"instruction": "one", "input": "", "output": "two"}, TALK),
         ({"instruction": "one", "input": "more", "output": "two"}, {"messages": said("one\n\nmore", "two")}),
         (

@@ -135,7 +135,9 @@ def test_everything_that_the_contract_names(recipe_of, run_here, eval_rows):
     assert state["log_history"] == lines
     card = (run / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: peft\n")
-    assert f"{evals[-1]['eval_loss']:.4g}" in card
+    (chosen,) = (line for line in evals if line["step"] == best)
+    assert report["result_metrics"]["eval_loss"] == chosen["eval_loss"]
+    assert f"| {evals[0]['eval_loss']:.4g} | {chosen['eval_loss']:.4g} |" in card
 
 
 def test_without_eval_rows_there_are_samples_of_training_rows_and_the_last_is_the_result(recipe_of, run_here):

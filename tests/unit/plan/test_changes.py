@@ -67,3 +67,14 @@ def test_a_key_that_only_one_version_knows_is_no_change():
 )
 def test_going_on_anyway_says_what_it_does(key, said):
     assert said in Change(key, 1, 2).consequence
+
+
+def test_how_answers_are_drawn_is_training_where_they_are_learned_from():
+    sft = {"method.name": "sft", "generation.temperature": 0.7}
+    [change] = compare(sft, {**sft, "generation.temperature": 1.0})
+    assert change.kind == "harmless"
+    ppo = {**sft, "method.name": "ppo"}
+    [change] = compare(ppo, {**ppo, "generation.temperature": 1.0})
+    assert change.kind == "training"
+    assert fingerprint(sft) == fingerprint({**sft, "generation.temperature": 1.0})
+    assert fingerprint(ppo) != fingerprint({**ppo, "generation.temperature": 1.0})

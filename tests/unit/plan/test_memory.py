@@ -55,6 +55,9 @@ def test_sizes_are_those_that_the_model_cards_tell(name, weights):
 
 def test_what_is_no_decoder_has_no_shape():
     assert Shape.of({"model_type": "t5", "d_kv": 64}) is None
+    known = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    assert Shape.of({"text_config": known}) is not None
+    assert Shape.of({"text_config": {**known, "vocab_size": None}}) is None, "its default is not known"
 
 
 def test_four_bits_by_hand():

@@ -302,3 +302,63 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         starting.init(None, tmp_path / "other.yaml", source=tmp_path / "nothing.yaml")
     with pytest.raises(RecipeError, match="needs a method"):
         starting.init(None, tmp_path / "other.yaml")
+
+
+def test_once_in_a_run_of_one_epoch_is_not_every_step(converted):
+    ours, text = converted("base_model: a/b\nsequence_len: 9\nnum_epochs: 1\nsaves_per_epoch: 1\nevals_per_epoch: 1")
+    assert "save_steps" not in text.partition("# Not taken over")[0]
+    assert (ours.eval.eval_strategy, ours.save.save_steps) == ("epoch", 500)
+    assert "saves_per_epoch: 1\n#       that is the end of the run" in text
+    ours, _ = converted("base_model: a/b\nsequence_len: 9\nnum_epochs: 1\nsaves_per_epoch: 4")
+    assert ours.save.save_steps == 0.25
+    _, text = converted("base_model: a/b\nsequence_len: 9\nnum_epochs: 2\nsaves_per_epoch: 4\nmax_steps: 10")
+    assert "saves_per_epoch: 4\n" in text.partition("# Not taken over")[2]
+
+
+@pytest.mark.parametrize(
+    ("said", "loss_on"),
+    [
+        ("completion_only_loss: true\nassistant_only_loss: false", None),
+        ("assistant_only_loss: false", None),
+        ("assistant_only_loss: true", "assistant"),
+        ("completion_only_loss: false", "all"),
+        ("completion_only_loss: false\nassistant_only_loss: false", "all"),
+    ],
+)
+def test_trl_trains_on(converted, said, loss_on):
+    ours, text = converted(f"model_name_or_path: a/b\ndataset_name: c/d\nuse_peft: true\n{said}")
+    assert ours.method.loss_on == loss_on
+    assert ("left to method.loss_on" in text) == ("false" in said and loss_on is None)
+
+
+def test_every_file_of_a_set_is_taken(converted):
+    ours, _ = converted(
+        "base_model: a/b\nsequence_len: 9\ndatasets: [{path: json, data_files: [a.jsonl, b.jsonl], type: alpaca}]"
+    )
+    assert [source.path.rpartition("/")[2] for source in ours.data.train] == ["a.jsonl", "b.jsonl"]
+    _, text = converted("base_model: a/b\nsequence_len: 9\ndatasets: [{path: org/repo, data_files: a.jsonl}]")
+    assert 'datasets: data_files: "a.jsonl"' in text
+
+
+def test_evaluation_is_of_the_same_configuration(converted):
+    ours, _ = converted(
+        "model_name_or_path: a/b\ndataset_name: c/d\ndataset_config: main\nuse_peft: true\neval_strategy: steps\n"
+        "dataset_test_split: test"
+    )
+    assert [(s.name, s.split) for s in ours.data.eval_sets.values()] == [("main", "test")]
+
+
+def test_llamafactory_trains_adapters_where_it_does_not_say(converted):
+    ours, _ = converted("model_name_or_path: a/b\nstage: sft\ndataset: one\ncutoff_len: 9\nlora_rank: 4")
+    assert ours.lora.r == 4
+
+
+def test_secrets_inside_of_values_are_left_out(converted):
+    opaque = "q7w8e9r0t1y2u3i4o5p6a7"
+    _, text = converted(
+        f"model_name_or_path: a/b\ndataset_name: c/d\nuse_peft: true\nmodel_init_kwargs: {{token: {opaque}, x: 1}}"
+    )
+    assert opaque not in text
+    assert "(a secret, left out)" in text
+    _, text = converted(f"base_model: a/b\nsequence_len: 9\ndatasets: [{{path: c/d, token: {opaque}}}]")
+    assert opaque not in text
