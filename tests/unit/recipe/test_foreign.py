@@ -307,7 +307,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 def test_once_in_a_run_of_one_epoch_is_not_every_step(converted):
     ours, text = converted("base_model: a/b\nsequence_len: 9\nnum_epochs: 1\nsaves_per_epoch: 1\nevals_per_epoch: 1")
     assert "save_steps" not in text.partition("# Not taken over")[0]
-    assert (ours.eval.eval_strategy, ours.save.save_steps) == ("epoch", 500)
+    assert (ours.eval.eval_strategy, ours.save.save_steps) == ("epoch", 0.1)
     assert "saves_per_epoch: 1\n#       that is the end of the run" in text
     ours, _ = converted("base_model: a/b\nsequence_len: 9\nnum_epochs: 1\nsaves_per_epoch: 4")
     assert ours.save.save_steps == 0.25
