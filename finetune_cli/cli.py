@@ -210,7 +210,18 @@ def schema() -> None:
 
 
 def main() -> None:
-    """The `finetune` command."""
+    """The `finetune` command. A process of several, which a launcher started, takes nothing down (`worker.leave`)."""
+    try:
+        run_app()
+    except SystemExit as end:
+        worker = sys.modules.get("finetune_cli.worker")
+        if worker is not None and worker.HELD:
+            worker.leave(int(end.code or 0))
+        raise
+
+
+def run_app() -> None:
+    """Every error as one screen, or one line of JSON."""
     try:
         app()
     except FinetuneError as failure:

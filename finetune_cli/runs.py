@@ -52,13 +52,14 @@ def run(plan: Plan, loaded: Loaded, options: Options) -> int:
     with locked(plan.run) if alone or log.rank() == 0 else nullcontext() as lock:
         start = resumed(plan, options, mend=log.rank() == 0) if options.resume else None
         if alone or log.rank() == 0:
-            claim(plan, loaded, resume=options.resume, overwrite=options.overwrite)
+            claim(plan, loaded, start=start, resume=options.resume, overwrite=options.overwrite)
         if not alone:
             from finetune_cli import worker
 
             stop = Stop()
             stop.listen()
-            return worker.run(plan, stop, resume=start, anyway=options.anyway, as_json=options.as_json)
+            code = worker.run(plan, stop, resume=start, anyway=options.anyway, as_json=options.as_json)
+            return told(plan, code, options) if log.rank() == 0 else code
         assert lock is not None
         return begin(plan, start, options, lock)
 
@@ -137,8 +138,9 @@ def refuse(changes: list[Change], what: str, *, offer: bool) -> None:
     )
 
 
-def claim(plan: Plan, loaded: Loaded, *, resume: bool, overwrite: bool) -> None:
-    """Make the run folder, and write what will be run. Raises RecipeError where another run's results are in it."""
+def claim(plan: Plan, loaded: Loaded, *, start: Path | None = None, resume: bool, overwrite: bool) -> None:
+    """Make the run folder, and write what will be run, from the checkpoint `start` on. Raises RecipeError where another
+    run's results are in it."""
     folder = plan.run
     used = [name for name in RESULTS if (folder / name).exists()] + [p.name for p in folder.glob("checkpoint-*")]
     if used and not (resume or overwrite):
@@ -148,6 +150,8 @@ def claim(plan: Plan, loaded: Loaded, *, resume: bool, overwrite: bool) -> None:
         )
     if overwrite and not resume:
         clear(folder)
+    if start is None:  # what a run left that ended before its first checkpoint may be of another adapter
+        shutil.rmtree(folder / manifest.BASE, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("error.json", "report.json"):
@@ -216,6 +220,11 @@ def begin(plan: Plan, start: Path | None, options: Options, lock: RunLock | None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    return told(plan, code, options)
+
+
+def told(plan: Plan, code: int, options: Options) -> int:
+    """The exit code of a run, once it is said how it ended. Raises the error that a worker left."""
     code = report_end(plan, code)
     if code in (130, 143):
         tell_how_to_go_on(plan, code, options)

@@ -50,9 +50,9 @@ def run(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: b
         _write_error(error_file, error, error.exit_code)
         return error.exit_code
     except Exception as error:  # noqa: BLE001  the last line of defence: everything becomes error.json and an exit code
-        if stop.asked_together():
-            return exit_code(stop.number or signal.SIGTERM)
         code, known = _classify(error)
+        if stop.asked_together() and not isinstance(known, TrainError) and not disk_is_full(error):
+            return exit_code(stop.number or signal.SIGTERM)
         _write_error(error_file, known, code)
         _write_traceback(plan.run / "traceback.txt")
         return code

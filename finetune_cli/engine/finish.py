@@ -21,9 +21,12 @@ NOT_THE_RESULT = (MANIFEST, "trainer_state.json")
 def finish(job: Job, progress: Progress, lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Copy the best (or last) checkpoint's model into the run folder and write report.json. First process only."""
     step, run = chosen(job, progress), job.plan.run
-    for path in sorted((run / f"{PREFIX}{step}").iterdir()):
+    folder = run / f"{PREFIX}{step}"
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.name not in NOT_THE_RESULT and path.suffix != ".pt":
-            copy(path, run / path.name)
+            target = run / path.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            copy(path, target)
     report = make_report(job, progress, step) | {"health": counted(lines)}
     report["result_metrics"] = measured(lines, step)
     state = {"global_step": progress.step, "epoch": progress.step / job.schedule.steps_per_epoch, "log_history": lines}

@@ -51,6 +51,7 @@ def choose(job: "Job") -> int:
     most = max(1, math.ceil(job.schedule.global_batch_size / job.world))
     limit = SHARE * memory.available(job) - memory.MOMENTS * sum(p.numel() for p in job.trained)
     state = checkpoint.rng_state()
+    job.policy.train()  # as it is loaded it recomputes nothing and drops nothing out
     found: int = min(job.gather(largest(lambda size: cost(job, size), limit=limit, most=most)))
     checkpoint.set_rng_state(state)
     if found == 0:

@@ -259,7 +259,7 @@ class Job:
             if self.pusher is not None:
                 self.pusher.saved(folder)
             best = progress.best[1] if progress.best is not None else None
-            manifest.prune(self.plan.run, keep=self.recipe.save.save_total_limit, best=best)
+            manifest.prune(self.plan.run, keep=self.recipe.save.save_total_limit, best=best, last=progress.step)
         self.accelerator.wait_for_everyone()
         return folder
 

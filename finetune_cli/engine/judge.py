@@ -137,6 +137,8 @@ def beside(location: models.Location, job: "Job") -> Callable[[list[Row]], list[
     model.requires_grad_(False)
     stock = model.get_base_model() if location.adapter is not None else model
     decoder = hasattr(stock, "score")
+    if decoder:
+        stock.score.float()  # scores are float32 numbers (`role.RewardRole`)
     role = job.accelerator.prepare_model(RewardRole(model) if decoder else model, evaluation_mode=True).eval()
     as_padded = not decoder or layout.choose(stock, job.recipe.model) is not None
 

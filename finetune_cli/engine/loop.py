@@ -83,7 +83,7 @@ def optimiser_step(job: Job, step: int, *, measure: bool, sums: Sums) -> tuple[f
     updates = drawn(job, step) if job.experience is None else job.experience.updates(step, sums)
     for update in updates:
         norm, stepped = apply(job, update, measure=measure)
-        if math.isfinite(norm) or update.found.finite():
+        if math.isfinite(norm) or all(job.gather(update.found.finite())):  # the norm is the same in every process
             sums.join(update.found)
         norms.append(norm)
         counts, tokens, moved = counts + update.counts, tokens + update.tokens, moved or stepped

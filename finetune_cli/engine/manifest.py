@@ -46,10 +46,10 @@ def recover(run: Path) -> None:
 
 def seal(folder: Path, about: dict[str, Any]) -> None:
     """Write the manifest over the files of `folder`, and flush them all to the disk."""
-    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    files = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     value = {**about, "files": files}
     (folder / MANIFEST).write_text(json.dumps({**value, "sha256": _digest(value)}, indent=1), encoding="utf-8")
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         flush(path)
     flush(folder)
 
@@ -71,10 +71,11 @@ def remove(folder: Path) -> None:
     shutil.rmtree(gone)
 
 
-def prune(run: Path, *, keep: int | None, best: int | None) -> None:
-    """Remove the oldest beyond `keep`; the best and the last always stay."""
+def prune(run: Path, *, keep: int | None, best: int | None, last: int) -> None:
+    """Remove the oldest beyond `keep`; the best and the `last` that was written always stay. One with a higher number
+    was damaged and passed over."""
     every = found(run)
-    spare = [p for p in every[:-1] if step_of(p) != best]
+    spare = [p for p in every if step_of(p) not in (best, last)]
     for folder in spare[: max(0, len(every) - keep)] if keep is not None else []:
         remove(folder)
 

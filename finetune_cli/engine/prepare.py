@@ -4,6 +4,7 @@ import ctypes
 import random
 import sys
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,18 @@ def bind(recipe: Recipe, facts: Facts) -> Words:
 
 def accelerator(plan: Plan) -> Any:
     """Started under a launcher it joins the others; alone it is one process."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     if plan.machine.device == "cpu":
         keep_freed_memory()
     precision = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}[plan.resolved.precision]
-    return Accelerator(mixed_precision=precision, cpu=plan.machine.device == "cpu")
+    patient = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(mixed_precision=precision, cpu=plan.machine.device == "cpu", kwargs_handlers=[patient])
+
+
+PATIENCE = timedelta(hours=6)
+"""That a process waits in a collective: while the first saves tens of gigabytes, or uploads them. NCCL's own 10 minutes
+end runs; a process that is gone is found by the launchers (`contact.py`)."""
 
 
 def meet(plan: Plan, resume: Path | None) -> None:

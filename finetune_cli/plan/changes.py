@@ -24,9 +24,7 @@ ROUNDING = (
     "train.per_device_train_batch_size", "train.gradient_checkpointing", "model.attn_implementation", "model.layout",
     "launch.strategy",
 )  # fmt: skip
-DRAWING = ("generation.",)
-"""Keys that have a part in the training where answers are drawn to learn from."""
-LENGTH = ("train.num_train_epochs", "train.max_steps")
+LENGTH = ("train.num_train_epochs", "train.max_steps", "method.total_episodes")
 BEST = ("eval.metric", "eval.metric_rows", "data.eval_sets", "data.eval_split", "save.load_best_model_at_end")
 """Keys that make an evaluation another than the one before."""
 IMPOSSIBLE = ("method.name", "lora", "model.new_tokens", "model.starting_adapter")
@@ -51,13 +49,13 @@ class Change:
     key: str
     before: Any
     now: Any
-    drawn: bool = False
-    """Whether the method learns from answers that it draws itself."""
+    trains: bool = False
+    """Whether it has a part in the training of this recipe, though of others it has none."""
 
     @property
     def kind(self) -> str:
         """harmless | rounding | length | training | impossible"""
-        if self.drawn and _among(self.key, DRAWING):
+        if self.trains:
             return "training"
         for kind, keys in (("harmless", (*HARMLESS, *BY_ROWS)), ("rounding", ROUNDING), ("length", LENGTH)):
             if _among(self.key, keys):
@@ -95,8 +93,8 @@ def effective(recipe: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[st
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Every key that differs. A section that one side has and the other has not is one change; a key that one side
     does not know at all is of another version of this program, and none."""
-    drawn = draws(now)
-    changes = [Change(key, before[key], now[key], drawn) for key in now if key in before and before[key] != now[key]]
+    differing = (key for key in now if key in before and before[key] != now[key])
+    changes = [Change(key, before[key], now[key], trains(key, now)) for key in differing]
     for one, other in ((before, now), (now, before)):
         for key in (k for k in one if not one[k] and k not in other):
             section = {k: v for k, v in other.items() if k.startswith(key + ".")}
@@ -105,15 +103,15 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     return changes
 
 
-def draws(values: Mapping[str, Any]) -> bool:
-    """Whether the method of a recipe learns from answers that it draws itself."""
+def trains(key: str, values: Mapping[str, Any]) -> bool:
+    """How answers are drawn, where they are learned from; how long a row may be, where it is the size of a bin."""
     method = registry().get(str(values.get("method.name")))
-    return method is not None and method.online
+    drawn = method is not None and method.online and key.startswith("generation.")
+    return drawn or (key == "data.max_length" and values.get("method.packing") is True)
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
     """Of what is trained and how; not of logging, saving, places of files, or how a step is split."""
-    trains = DRAWING if draws(values) else ()
     left_out = (*HARMLESS, *ROUNDING, "data.eval_sets")
-    kept = {k: v for k, v in values.items() if _among(k, trains) or not _among(k, left_out)}
+    kept = {k: v for k, v in values.items() if trains(k, values) or not _among(k, left_out)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -116,12 +116,15 @@ def write(model: Any, run: Path, words: Words, folder: Path, kind: str) -> None:
     models.untie(model)
     model.to(getattr(torch, kind))
     model.config.use_cache = True
-    if model.can_generate():  # a classifier does not
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    if not model.can_generate():  # a classifier, which is read at the last token that is no pad: the run's pad
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    else:
         if (run / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(run)
         model.generation_config.eos_token_id = words.stops if len(words.stops) != 1 else words.stops[0]
     model.save_pretrained(folder, max_shard_size=SHARD)
-    AutoTokenizer.from_pretrained(run).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def read_back(plan: Plan, folder: Path) -> Any:

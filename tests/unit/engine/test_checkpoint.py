@@ -110,8 +110,26 @@ def test_prune_keeps_the_best_and_the_last(tmp_path, keep, best, left):
     """By number, not by name: 10 is after 9."""
     for step in (10, 9, 3, 2, 1):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    manifest.prune(tmp_path, keep=keep, best=best)
+    manifest.prune(tmp_path, keep=keep, best=best, last=10)
     assert [manifest.step_of(folder) for folder in manifest.found(tmp_path)] == left
+
+
+def test_prune_keeps_what_was_just_written_below_a_damaged_one(tmp_path):
+    for step in (1, 3, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    manifest.prune(tmp_path, keep=1, best=None, last=3)
+    assert [manifest.step_of(folder) for folder in manifest.found(tmp_path)] == [3]
+
+
+def test_folders_of_a_checkpoint_are_sealed_too(tmp_path):
+    """transformers keeps a tokenizer's further templates in a folder."""
+    (tmp_path / "checkpoint-1" / "additional_chat_templates").mkdir(parents=True)
+    template = tmp_path / "checkpoint-1" / "additional_chat_templates" / "tool_use.jinja"
+    template.write_text("{{ messages }}")
+    manifest.seal(tmp_path / "checkpoint-1", {})
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-1"
+    template.write_text("{{ message }}")
+    assert "tool_use.jinja is not what was written" in str(manifest.damage(tmp_path / "checkpoint-1"))
 
 
 def test_generators_go_on_where_they_were(tmp_path, parts):

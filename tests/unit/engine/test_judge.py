@@ -1,7 +1,12 @@
 """Reward models: on the policy's own weights, beside them, and with words of their own."""
 
+import json
+import math
+import shutil
+
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from finetune_cli.engine.loop import train
@@ -87,6 +92,22 @@ def test_scores_are_those_of_stock_transformers(ppo, job_of, reward_model, tiny_
     wanted = stock_scores(folder, tiny_model_folder, rows, newline)
     assert [score for each in job.experience.scores(rows, "train") for score in each] == pytest.approx(wanted, abs=1e-4)
     assert len({round(score, 4) for score in wanted}) > 3
+
+
+@pytest.mark.parametrize("lora", [{"r": 4}, None], ids=["adapter", "whole"])
+def test_a_model_beside_the_policy_scores_in_bfloat16(ppo, job_of, reward_model, tiny_model_folder, lora, tmp_path):
+    folder = reward_model(lora=lora, **({} if lora else {"train": {"max_steps": 2, "learning_rate": 1e-5}}))
+    if lora:  # of another base, so that it is a model of its own
+        shutil.copytree(tiny_model_folder, tmp_path / "other")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(
+            json.dumps({**config, "base_model_name_or_path": str(tmp_path / "other")})
+        )
+    AcceleratorState._reset_state(reset_partial_state=True)  # the reward model's own run was in float32
+    job, _ = job_of(ppo(folder, train={"precision": "bf16"}))
+    assert not list(job.experience.actor.score_heads)
+    rows = [row for update in job.experience.updates(0, Sums()) for rows in update.forwards for row in rows]
+    assert all(math.isfinite(score) for each in job.experience.scores(rows, "train") for score in each)
 
 
 def test_the_whole_chain_runs(ppo, job_of, reward_model):

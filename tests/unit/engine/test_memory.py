@@ -67,6 +67,16 @@ def test_auto_keeps_the_rows_of_a_step_and_changes_nothing_else(recipe_of, job_o
     assert fit.longest(found, 2) == sorted(range(24), key=lambda i: -found.schedule.lengths[i])[:2]
 
 
+def test_sizes_are_tried_as_training_computes_them(recipe_of, job_of, monkeypatch):
+    """In eval nothing would be recomputed and nothing dropped out."""
+    seen = []
+    monkeypatch.setattr(fit, "cost", lambda job, n: seen.append(job.policy.training) or 1.0)
+    monkeypatch.setattr(memory, "available", lambda job: 10**12)
+    job_of(recipe_of(train=AUTO))
+    assert seen
+    assert all(seen)
+
+
 def test_auto_within_an_injected_limit(recipe_of, job_of, monkeypatch):
     """Measured for real: a limit below what the process has refuses even one row, with numbers."""
     job, _ = job_of(recipe_of(train=AUTO))

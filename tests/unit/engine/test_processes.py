@@ -74,6 +74,16 @@ def test_under_torchrun(recipe, alone):
     assert_same_run(run(recipe, "torchrun", launcher=(*TORCHRUN, str(free_port()))), alone)
 
 
+def test_under_torchrun_an_error_is_told(recipe):
+    from finetune_cli.plan.launch import free_port
+
+    rows = write_rows(recipe.parent / "bad.jsonl", [*questions(8), {"messages": [{"role": "user"}]}])
+    told = ("--set", f"data.train={rows}", "--set", f"output_dir={recipe.parent / 'bad'}")
+    done = finetune("run", str(recipe), *told, launcher=(*TORCHRUN, str(free_port())), cwd=recipe.parent)
+    assert done.returncode != 0
+    assert "bad.jsonl:9" in done.stderr
+
+
 def test_under_accelerate_launch(recipe, alone):
     assert_same_run(run(recipe, "accelerate", launcher=ACCELERATE), alone)
 

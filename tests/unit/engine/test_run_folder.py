@@ -42,7 +42,7 @@ def run_here(job_of, monkeypatch):
         plan, loaded, _ = commands.planned(recipe, overrides)
         options = runs.Options(resume=resume, anyway=anyway)
         start = runs.resumed(plan, options, mend=True) if resume else None
-        runs.claim(plan, loaded, resume=resume, overwrite=overwrite)
+        runs.claim(plan, loaded, start=start, resume=resume, overwrite=overwrite)
         jobs, real = [], finish.finish
         monkeypatch.setattr(finish, "finish", lambda job, *rest: jobs.append(job) or real(job, *rest))
         worker.work(plan, Stop(), resume=start, anyway=anyway, as_json=False)
@@ -610,3 +610,33 @@ def test_interrupted_run_ends_with_the_same_bits(recipe_of, run_here, tmp_path):
         for name in ("run", "whole")
     ]
     assert numbers[0] == numbers[1]
+
+
+def test_what_was_merged_before_the_first_checkpoint_is_made_anew(recipe_of):
+    """It may be of another adapter; a run that goes on from a checkpoint needs what it has."""
+    plan, loaded, _ = commands.planned(recipe_of(), ())
+    base = plan.run / "base"
+    base.mkdir(parents=True)
+    runs.claim(plan, loaded, start=plan.run / "checkpoint-1", resume=True, overwrite=False)
+    assert base.exists()
+    runs.claim(plan, loaded, resume=True, overwrite=False)
+    assert not base.exists()
+    base.mkdir()
+    runs.claim(plan, loaded, resume=False, overwrite=False)
+    assert not base.exists()
+
+
+@pytest.mark.parametrize(("error", "code"), [(OSError(28, "No space left on device"), 4), (RuntimeError("gone"), 143)])
+def test_a_save_that_fails_after_a_signal_is_not_called_saved(recipe_of, monkeypatch, error, code):
+    plan, _, _ = commands.planned(recipe_of(), ())
+    plan.run.mkdir(parents=True)
+    stop = Stop()
+    stop.number = 15
+    stop._heard.set()
+
+    def work(*_args, **_more):
+        raise error
+
+    monkeypatch.setattr(worker, "work", work)
+    assert worker.run(plan, stop, resume=None, anyway=False, as_json=False) == code
+    assert (plan.run / "error.json").exists() == (code == 4)

@@ -69,6 +69,15 @@ def test_going_on_anyway_says_what_it_does(key, said):
     assert said in Change(key, 1, 2).consequence
 
 
+def test_the_length_of_rows_is_training_where_it_is_the_size_of_a_bin():
+    values = {**BEFORE, "data.max_length": 64}
+    for packing, kind in ((False, "harmless"), (True, "training")):
+        [change] = compare(
+            {**values, "method.packing": packing}, {**values, "method.packing": packing} | {"data.max_length": 32}
+        )
+        assert change.kind == kind
+
+
 def test_how_answers_are_drawn_is_training_where_they_are_learned_from():
     sft = {"method.name": "sft", "generation.temperature": 0.7}
     [change] = compare(sft, {**sft, "generation.temperature": 1.0})

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from finetune_cli.engine.finish import finish
 from finetune_cli.engine.loop import train
@@ -79,6 +80,23 @@ def test_merged_is_base_and_adapter(lora, trained, tiny_model_folder, tmp_path):
     assert loaded["dtype"] == "torch.float32"
     assert loaded["stops"] is not None
     assert "<|im_start|>" in loaded["template"]
+
+
+def test_a_merged_reward_model_is_read_at_the_last_token(trained, tiny_model_folder):
+    """Padded or not: its configuration has the pad token of the run, which may be another than the base's."""
+    pair = {"prompt": "one", "chosen": " two", "rejected": " three"}
+    run = trained(method="reward", rows=[pair] * 8, train={"learning_rate": 1e-4, "max_steps": 4})
+    folder, _, _ = merge(run, None, dtype="float32")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    short, long = [*tokenizer("one two").input_ids, tokenizer.eos_token_id], tokenizer("one two three four").input_ids
+    pads = [tokenizer.pad_token_id] * (len(long) - len(short))
+    with torch.no_grad():
+        alone = model(torch.tensor([short])).logits[0, 0]
+        assert model(torch.tensor([[*short, *pads], long])).logits[0, 0].item() == pytest.approx(float(alone), abs=1e-5)
+        last = model.model(torch.tensor([short])).last_hidden_state[0, -1]
+        assert float(model.score(last)) == pytest.approx(float(alone), abs=1e-5)
 
 
 def test_large_models_are_saved_in_shards(trained, monkeypatch):
