@@ -15,7 +15,7 @@ from finetune_cli import log, show
 from finetune_cli.engine import manifest
 from finetune_cli.engine.lock import RunLock
 from finetune_cli.engine.signals import CAUGHT, Stop, exit_code, held_back, killed_by
-from finetune_cli.errors import FinetuneError, MachineError, RecipeError
+from finetune_cli.errors import KINDS, FinetuneError, MachineError, RecipeError
 from finetune_cli.plan import launch
 from finetune_cli.plan.changes import Change, compare
 from finetune_cli.plan.resolve import Plan
@@ -254,6 +254,6 @@ def report_end(plan: Plan, code: int) -> int:
             f"the training process was killed by {killed.name}",
             "SIGKILL is usually the system running out of memory: lower train.per_device_train_batch_size.",
         )
-    if code not in (0, 130, 143):
+    if code not in (0, 130, 143, *KINDS):  # those that left one of ours said on stderr what could not be written
         raise FinetuneError(f"the training process ended with exit code {code} and left no word")
     return code
