@@ -59,6 +59,17 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def beside(folder: Path) -> Path:
+    """Where a checkpoint is while it is written."""
+    return folder.with_name(folder.name + manifest.WRITING)
+
+
+def begin(folder: Path) -> None:
+    """An empty place for a checkpoint; what a process that was killed left of it goes."""
+    shutil.rmtree(beside(folder), ignore_errors=True)
+    beside(folder).mkdir(parents=True)
+
+
 def write(
     folder: Path,
     *,
@@ -70,20 +81,20 @@ def write(
     about: dict[str, Any] | None = None,
     announce: Callable[[], None] = lambda: None,
 ) -> None:
-    """One whole checkpoint at `folder`. `training` is tensors (optimizer, schedule, rng), `state` is JSON, `about` goes
-    into the manifest. `announce` is called when all of it is on the disk, before it gets its name."""
-    beside = folder.with_name(folder.name + manifest.WRITING)
-    shutil.rmtree(beside, ignore_errors=True)
+    """One whole checkpoint at `folder`, once it has begun. `training` is tensors (optimizer, schedule, rng), `state` is
+    JSON, `about` goes into the manifest. `announce` is called when all of it is on the disk, before it gets its name.
+    """
+    new = beside(folder)
     try:
-        save_model(model, tokenizer, beside, weights)
+        save_model(model, tokenizer, new, weights)
         for name, value in training.items():
-            save_state(value, beside / f"{name}.pt")
-        (beside / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        manifest.seal(beside, {"step": state["global_step"], **(about or {})})
+            save_state(value, new / f"{name}.pt")
+        (new / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        manifest.seal(new, {"step": state["global_step"], **(about or {})})
         announce()
-        manifest.place(beside, folder)
+        manifest.place(new, folder)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)  # room for those that are whole
+        shutil.rmtree(new, ignore_errors=True)  # room for those that are whole
         raise
 
 
@@ -125,6 +136,14 @@ def load_training(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """The parts of the training state that the checkpoint has, by name."""
     there = [name for name in names if (folder / f"{name}.pt").exists()]
     return {name: torch.load(folder / f"{name}.pt", weights_only=True, map_location="cpu") for name in there}
+
+
+def load_pieces(folder: Path) -> list[dict[str, Any]]:
+    """What each process wrote of the optimiser's state, in order of rank; none where it is whole. Mapped: what is not
+    asked for is not read."""
+    count = len(list(folder.glob("optimizer_*.pt")))
+    paths = [folder / f"optimizer_{rank}.pt" for rank in range(count)]
+    return [torch.load(path, weights_only=True, map_location="cpu", mmap=True) for path in paths]
 
 
 def state(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,7 +233,10 @@ class Job:
         rngs, pending = self.gather(checkpoint.rng_state()), self.gather(progress.sums.own())
         first = self.accelerator.is_main_process
         weights = shard.model_state(self.generator, keep=first) if self.sharded else None
-        optimizer = shard.gathered_state(self.optimizer.state_dict(), keep=first)
+        if first:
+            checkpoint.begin(folder)
+        pieces = self.write_pieces(checkpoint.beside(folder)) if self.sharded else ()
+        optimizer = shard.gathered_state(self.optimizer.state_dict(), keep=first, skip=pieces)
         if first:
             training = {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
             training |= {f"rng_{rank}": rng for rank, rng in enumerate(rngs)}
@@ -262,6 +265,17 @@ class Job:
             manifest.prune(self.plan.run, keep=self.recipe.save.save_total_limit, best=best, last=progress.step)
         self.accelerator.wait_for_everyone()
         return folder
+
+    def write_pieces(self, folder: Path) -> Container[str]:
+        """Each process writes what it holds of the optimiser's state; the names of what is written. Nothing, where the
+        machines share no folder. Collective."""
+        self.accelerator.wait_for_everyone()  # the first has made the folder
+        if not all(self.gather(folder.is_dir())):
+            return ()
+        pieces = shard.own_pieces(self.optimizer)
+        checkpoint.save_state(pieces, folder / f"optimizer_{self.rank}.pt")
+        self.accelerator.wait_for_everyone()
+        return pieces
 
     @property
     def about(self) -> dict[str, Any]:

@@ -248,7 +248,7 @@ def restore(job: Job, folder: Path) -> Progress:
     training = checkpoint.load_training(folder, ["optimizer", "scheduler", own, "scaler", "reference", "critic"])
     state, about = checkpoint.state(folder), manifest.read(folder)
     changed = [c for c in compare(about["recipe"], job.plan.effective) if c.kind in ("length", "training")]
-    seat(job, training, changed, stretched=state["max_steps"] != job.total_steps)
+    seat(job, training, checkpoint.load_pieces(folder), changed, stretched=state["max_steps"] != job.total_steps)
     if "scaler" in training and job.accelerator.scaler is not None:
         job.accelerator.scaler.load_state_dict(training["scaler"])
     if job.reference is not None and "reference" in training:
@@ -269,11 +269,13 @@ def restore(job: Job, folder: Path) -> Progress:
     return without_lost_best(job, progress)
 
 
-def seat(job: Job, training: dict[str, Any], changed: list[Change], *, stretched: bool) -> None:
+def seat(
+    job: Job, training: dict[str, Any], pieces: list[dict[str, Any]], changed: list[Change], *, stretched: bool
+) -> None:
     """Optimiser and schedule as they were saved; under a changed recipe with its own settings, at the same step."""
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
     if not any(c.key == "train.optim" for c in changed):
-        job.optimizer.load_state_dict(shard.placed_state(training["optimizer"], job.optimizer))
+        job.optimizer.load_state_dict(shard.placed_state(training["optimizer"], job.optimizer, pieces))
     if not (changed or stretched):
         job.scheduler.load_state_dict(training["scheduler"])
         return

@@ -9,13 +9,13 @@ Precision is that of one process: autocast over float32 weights that are trained
 the same numbers come of both, to rounding.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from finetune_cli.engine.role import Backbone
 from finetune_cli.errors import ModelError
@@ -102,21 +102,64 @@ def model_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     return {name: found[id(p)] for name, p in named.items()} if keep else {}
 
 
-def gathered_state(value: Any, *, keep: bool) -> Any:
-    """A state of an optimiser with every tensor whole and on the CPU. Collective."""
-    if isinstance(value, Mapping):
-        return {key: gathered_state(inner, keep=keep) for key, inner in value.items()}
-    if not isinstance(value, DTensor):
-        return value
-    one = whole(value)
-    return one.cpu() if keep else None
+def gathered_state(state: Mapping[str, Any], *, keep: bool, skip: Container[str] = ()) -> dict[str, Any]:
+    """A state of an optimiser with every tensor whole and on the CPU; those to `skip` (`own_pieces`) are None.
+    Collective."""
+
+    def gathered(name: str, value: Any) -> Any:
+        if name in skip or not isinstance(value, DTensor):
+            return None if name in skip else value
+        one = whole(value)
+        return one.cpu() if keep else None
+
+    states = {n: {key: gathered(f"{n}.{key}", v) for key, v in inner.items()} for n, inner in state["state"].items()}
+    return {**state, "state": states}
 
 
-def placed_state(state: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-    """A whole state of an optimiser in the pieces of its weights."""
+def own_pieces(optimizer: Any) -> dict[str, Tensor]:
+    """What this process holds of the states that are cut as their weights are, by "<number of the weight>.<name>": rows
+    that follow those of the process before it."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    pieces = {
-        number: {key: as_placed(v, params[number]) if torch.is_tensor(v) else v for key, v in inner.items()}
-        for number, inner in state["state"].items()
+    return {
+        f"{number}.{key}": own_piece(value).cpu()
+        for number, inner in optimizer.state_dict()["state"].items()
+        for key, value in inner.items()
+        if isinstance(value, DTensor) and _cut_alike(value, params[number])
     }
-    return {**state, "state": pieces}
+
+
+def _cut_alike(value: DTensor, p: Any) -> bool:
+    return isinstance(p, DTensor) and value.shape == p.shape and value.placements == p.placements == (Shard(0),)
+
+
+def placed_state(
+    state: Mapping[str, Any], optimizer: Any, pieces: Sequence[Mapping[str, Tensor]] = ()
+) -> dict[str, Any]:
+    """A state of an optimiser in the pieces of its weights: what is whole is cut, what was left in `pieces`, those of
+    each process in order of rank, is put together as far as this process has need of it."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def placed(number: int, key: str, value: Any) -> Any:
+        if value is None and pieces:
+            return _joined([held[f"{number}.{key}"] for held in pieces], params[number])
+        return as_placed(value, params[number]) if torch.is_tensor(value) else value
+
+    states = {n: {key: placed(n, key, value) for key, value in inner.items()} for n, inner in state["state"].items()}
+    return {**state, "state": states}
+
+
+def _joined(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Rows that lie in `pieces`, one after the other: all, or as many as this process holds of `like`."""
+    if not isinstance(like, DTensor):
+        return torch.cat(list(pieces)).to(like.device)
+    local, (rank,) = own_piece(like), like.device_mesh.get_coordinate() or (0,)
+    length, start = Shard.local_shard_size_and_offset(like.shape[0], like.device_mesh.size(), rank)
+    found, passed = [pieces[0][:0]], 0
+    for piece in pieces:
+        first, last = max(start - passed, 0), min(start + length - passed, len(piece))
+        found += [piece[first:last]] if first < last else []
+        passed += len(piece)
+    joined = torch.cat(found).to(local.device)
+    return DTensor.from_local(
+        joined, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

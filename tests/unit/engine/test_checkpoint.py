@@ -22,6 +22,7 @@ def write(run, step, parts):
     folder = run / f"checkpoint-{step}"
     model, tokenizer = parts
     training = {"optimizer": {"step": torch.tensor(step)}, "rng_0": checkpoint.rng_state()}
+    checkpoint.begin(folder)
     checkpoint.write(folder, model=model, tokenizer=tokenizer, training=training, state={"global_step": step})
     return folder
 

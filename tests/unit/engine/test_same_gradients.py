@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Rates at the upper end of what passes for each method, so that weights move by much more than the bound."""
 SPREAD = ("sft", "dpo", "dpo-full", "orpo", "reward")
+THREE = ("sft", "dpo")
 OWN_ANSWERS = '''
 """A reward, and answers that are a function of the prompt, whichever process gives them."""
 from finetune_cli.engine import rollout
@@ -84,7 +85,7 @@ def play(processes: int, *arguments: str) -> None:
     place = ["--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     command = [sys.executable, "-m", "finetune_cli.engine.launcher", *place, "-m", "tests.several", *arguments]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -167,6 +168,8 @@ def spread(runs: Path, recipes: Recipes) -> Path:
         *recipes("one-then-spread", SPREAD, **pieces, start="one"),
     )
     play(1, *recipes("spread-then-one", SPREAD, rows=1, num_processes=1, start="spread"))
+    three = {"rows": 2, "num_processes": 3, "strategy": "fsdp2"}  # no weight of the model divides by three
+    play(3, *recipes("spread-then-three", THREE, **three, start="spread"))
     return runs
 
 
@@ -194,6 +197,24 @@ def test_weights_in_pieces_learn_the_same(case, form, spread):
 def test_a_checkpoint_goes_on_in_pieces_and_out_of_them(case, spread):
     for name in ("one-then-spread", "spread-then-one"):
         assert_same(spread / f"{case}-{name}.yaml", spread / f"{case}-one.yaml", after=HALF)
+
+
+@pytest.mark.parametrize("case", THREE)
+def test_a_checkpoint_in_pieces_goes_on_in_more_of_them(case, spread):
+    assert_same(spread / f"{case}-spread-then-three.yaml", spread / f"{case}-one.yaml", after=HALF)
+
+
+def test_each_process_writes_its_pieces_of_the_optimiser(spread):
+    """Of a model that is trained whole: half of every moment each, and none of it in what the first writes of all."""
+    folder = spread / "sft-spread" / f"checkpoint-{HALF}"
+    rest, *pieces = (torch.load(folder / f"optimizer{end}.pt", weights_only=True) for end in ("", "_0", "_1"))
+    wanted = torch.load(spread / "sft-one" / f"checkpoint-{HALF}" / "optimizer.pt", weights_only=True)["state"]
+    moments = {f"{n}.{key}": v for n, held in wanted.items() for key, v in held.items() if v.dim()}
+    assert [set(piece) for piece in pieces] == [set(moments)] * 2
+    assert all(v is None or not v.dim() for held in rest["state"].values() for v in held.values())
+    for name, whole in moments.items():
+        torch.testing.assert_close(torch.cat([piece[name] for piece in pieces]), whole, rtol=1e-3, atol=1e-6)
+        assert [len(piece[name]) for piece in pieces] == [len(half) for half in whole.chunk(2)]
 
 
 @pytest.mark.parametrize("case", CASES)
