@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from finetune_cli.data.forms import REASONING, decoded
 from finetune_cli.data.readers import described
 from finetune_cli.errors import DataError, Problem
 
@@ -80,18 +81,20 @@ class Cells:
 
     def text(self, field: str, *, blank: bool = False) -> str:
         value = self.get(field)
-        if value is None or value == "":
-            return "" if blank else self.fail(field, value, "text", empty=True)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return value or "" if blank else self.fail(field, value, "text", empty=True)
         return value if isinstance(value, str) else self.fail(field, value, "text")
 
     def optional(self, field: str) -> str:
-        return self.text(field, blank=True) if field in self.raw.values else ""
+        said = self.text(field, blank=True) if field in self.raw.values else ""
+        return said if said.strip() else ""
 
     def object_or_json(self, field: str, kind: type, wanted: str) -> Any:
         """An optional column that may also be JSON text; None where it says nothing."""
         value = self.raw.values.get(field)
+        value = None if isinstance(value, str) and not value.strip() else value
         try:
-            value = json.loads(value) if isinstance(value, str) and value.strip() else value
+            value = json.loads(value) if isinstance(value, str) else value
         except ValueError:
             self.fail(field, value, f"{wanted}, or JSON text of one")
         return (value if isinstance(value, kind) else self.fail(field, value, wanted)) if value else None
@@ -100,7 +103,8 @@ class Cells:
         tools = self.object_or_json("tools", list, "a list of tools")
         kwargs = self.object_or_json("chat_template_kwargs", dict, "an object")
         for i, tool in enumerate(tools or ()):
-            if not isinstance(tool, dict):
+            function = tool.get("function", tool) if isinstance(tool, dict) else None
+            if not isinstance(function, dict) or not isinstance(function.get("name", ""), str):
                 self.fail(f"tools[{i}]", tool, "an object with name, description and parameters")
         if taken := [key for key in kwargs or () if key in RENDER]:
             self.fail(f"chat_template_kwargs.{taken[0]}", kwargs[taken[0]], "nothing: it is not the row's to set")
@@ -132,17 +136,22 @@ class Cells:
         said = {k: v for k, v in value.items() if k not in named and v is not None}
         if role == "function_call":
             calls = self.calls(f"{field}.{named[1]}", decoded(value.get(named[1])))
+            self.check_trainable(field, said, role)
             return {"role": "assistant", "content": "", **said, "tool_calls": calls}
         if said.get("tool_calls") == []:  # as some tools write a turn that calls none
             del said["tool_calls"]
         if "tool_calls" in said:
             said["tool_calls"] = self.calls(f"{field}.tool_calls", said["tool_calls"])
-        if not isinstance(said.get("trainable", True), bool) or ("trainable" in said and role != "assistant"):
-            self.fail(f"{field}.trainable", said["trainable"], "true or false, on an assistant's message")
+        self.check_trainable(field, said, role)
         if named[1] not in value and "tool_calls" not in said:
             self.fail(field, value, f"an object with {' and '.join(named)}")
         content = self.content(f"{field}.{named[1]}", value.get(named[1]), role, said)
         return {"role": role, "content": content, **said}
+
+    def check_trainable(self, field: str, said: Mapping[str, Any], role: str) -> None:
+        own = role in ("assistant", "function_call")
+        if not isinstance(said.get("trainable", True), bool) or ("trainable" in said and not own):
+            self.fail(f"{field}.trainable", said["trainable"], "true or false, on an assistant's message")
 
     def role(self, field: str, name: Any) -> str:
         if not isinstance(name, str) or name not in self.roles:
@@ -158,7 +167,7 @@ class Cells:
         elif value is not None and not isinstance(value, str):
             self.fail(field, value, "text")
         text = value if isinstance(value, str) else "".join(part["text"] for part in value or ())
-        acts = role == "assistant" and any(said.get(key) for key in ("tool_calls", "reasoning_content", "thinking"))
+        acts = role == "assistant" and any(said.get(key) for key in ("tool_calls", *REASONING))
         if not text.strip() and not acts and (value is None or role in ("user", "assistant")):
             self.fail(field, value, "text", empty=True)
         return "" if value is None else value
@@ -183,9 +192,14 @@ class Cells:
     def instruction(self) -> dict[str, Any]:
         """Alpaca's columns: the user says instruction and input, the assistant output."""
         turns = [("system", self.optional("system"))]
-        for i, pair in enumerate(self.raw.values.get("history") or ()):
-            if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(t, str) for t in pair)):
+        history = self.raw.values.get("history") or []
+        if not isinstance(history, list):
+            self.fail("history", history, "a list of pairs [question, answer]")
+        for i, pair in enumerate(history):
+            if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)):
                 self.fail(f"history[{i}]", pair, "a pair [question, answer]")
+            if not all(said.strip() for said in pair):
+                self.fail(f"history[{i}]", pair, "a pair [question, answer] that says something", empty=True)
             turns += [("user", pair[0]), ("assistant", pair[1])]
         asked = "\n\n".join(filter(None, (self.text("instruction"), self.optional("input"))))
         turns += [("user", asked), ("assistant", self.text("output"))]
@@ -223,8 +237,9 @@ class Cells:
             self.fail(name, ids, "at least one token", empty=True)
         if not whole_numbers(ids) or min(ids) < 0:
             self.fail(name, ids, "a list of token ids")
-        if 0 in (self.raw.values.get("attention_mask") or ()):
-            self.fail("attention_mask", self.raw.values["attention_mask"], "ones alone: rows are read without padding")
+        mask = self.raw.values.get("attention_mask")
+        if mask is not None and (not whole_numbers(mask) or 0 in mask):
+            self.fail("attention_mask", mask, "ones alone: rows are read without padding")
         if labels is None:
             return {"input_ids": ids}
         if not whole_numbers(labels) or len(labels) != len(ids):
@@ -236,10 +251,3 @@ class Cells:
 
 def whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(i) is int for i in value)
-
-
-def decoded(value: Any) -> Any:
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return value

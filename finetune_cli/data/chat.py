@@ -188,6 +188,11 @@ class Chat:
                 one.error = DataError(*reply["error"])
             else:
                 one.texts, one.notes = reply["result"], reply["notes"]
+                if not all(is_unicode(text) for text, _ in one.texts):
+                    one.texts, one.error = (
+                        [],
+                        DataError("the row holds half of a surrogate pair, which is no character"),
+                    )
         found = iter(self.encoder.batch([text for one in asked for text in one.texts]))
         for one in asked:
             if one.error is None:
@@ -208,6 +213,15 @@ class Chat:
         if tokens.retokenised:
             self.note("retokenised", "the prompt encoded alone, as inference does, has other ids than in this row")
         return Row([], (Branch(tokens.ids, tokens.trained),), part=part)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write it; JSON can also write the half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def wanted(messages: list[Message], loss_on: str, first: int) -> list[int]:

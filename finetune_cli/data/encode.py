@@ -53,8 +53,9 @@ class Outcome:
 class Encoded:
     """Rows to train or evaluate on, and how they came about.
 
-    The report counts rows of the data: read = kept + dropped. `truncated` and `rows` count rows of tokens, of which
-    one conversation may give several; `parts_dropped` those dropped from conversations of which others are kept.
+    The report counts rows of the data: read = kept + dropped, and `truncated` those that were cut. `rows` counts rows
+    of tokens, of which one conversation may give several; `parts_dropped` those dropped from conversations of which
+    others are kept.
     """
 
     rows: list[Row]
@@ -71,7 +72,9 @@ def encode_rows(method: Method, table: Table, raws: Sequence[Raw], *, chat: Chat
     chat = chat.batched()
     started = [start_row(method, table, raw, chat) for raw in raws]
     size = vocabulary(chat.tokenizer) if table.shape.given else None
-    return [finish_row(raw, rows, notes, data, size=size) for raw, (rows, notes) in zip(raws, started, strict=True)]
+    return [
+        finish_row(method, raw, rows, notes, data, size=size) for raw, (rows, notes) in zip(raws, started, strict=True)
+    ]
 
 
 def start_row(method: Method, table: Table, raw: Raw, chat: Chat) -> tuple[Iterator[Row] | DataError, Warnings]:
@@ -84,7 +87,7 @@ def start_row(method: Method, table: Table, raw: Raw, chat: Chat) -> tuple[Itera
 
 
 def finish_row(
-    raw: Raw, found: Iterator[Row] | DataError, warnings: Warnings, data: Data, *, size: int | None
+    method: Method, raw: Raw, found: Iterator[Row] | DataError, warnings: Warnings, data: Data, *, size: int | None
 ) -> Outcome:
     """`size` is that of the vocabulary, where the row brings its own ids."""
     try:
@@ -108,6 +111,7 @@ def finish_row(
             kept.append(fitted)
     dropped = None if kept else lost[0][1] if lost else "no_targets"
     cut = sum(row.targets for row in rows) - sum(row.targets for row in kept)
+    kept = [method.marked(row) for row in kept]
     return Outcome(raw.source, kept, dropped, None, warnings, lost, [row.longest for row in rows], cut)
 
 
@@ -161,7 +165,12 @@ def encode_set(method: Method, sources: Sequence[Source], chat: Chat, data: Data
     rows = [row for of_table in weighed for row in of_table]
     if not rows:
         raise DataError("no row is left after `weight`", "Raise the weights of data.train.")
-    return Encoded(rows, report | {"rows": len(rows), "truncated": sum(row.truncated for row in rows)})
+    return Encoded(rows, report | counts(rows))
+
+
+def counts(rows: Sequence[Row]) -> dict[str, int]:
+    """Rows of tokens, and conversations of which one was cut."""
+    return {"rows": len(rows), "truncated": len({row.source for row in rows if row.truncated})}
 
 
 def encode_table(method: Method, table: Table, chat: Chat, data: Data) -> list[Outcome]:

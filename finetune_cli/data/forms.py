@@ -100,3 +100,10 @@ def any_of(names: Iterable[str]) -> re.Pattern[str]:
     """Finds the longest of some strings."""
     longest_first = sorted(names, key=lambda name: (-len(name), name))
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def decoded(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

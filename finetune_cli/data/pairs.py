@@ -5,10 +5,13 @@ prompt it is what both sides begin with: whole messages of a conversation; of st
 opened (`Assistant:`, `[/INST]`, ...), never words that two answers happen to share.
 """
 
+import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from finetune_cli.data.forms import decoded
 from finetune_cli.errors import DataError
 from finetune_cli.types import Branch, Row
 
@@ -37,16 +40,21 @@ def canonical(cells: "Cells") -> dict[str, Any]:
     chosen, rejected = (side(cells, name) for name in SIDES)
     if isinstance(chosen, str) != isinstance(rejected, str):
         cells.fail("rejected", cells.get("rejected"), "the kind of chosen: both texts, or both messages")
-    asked = prompt(cells)
+    asked = prompt(cells, blank=isinstance(chosen, str))
     if asked is None:
         return {**without_prompt(cells, chosen, rejected), **extra}
     if isinstance(asked, str) and isinstance(chosen, str):
-        if cells.raw.values.get("system") or cells.raw.values.get("tools"):
-            cells.fail("prompt", asked, "messages, because the row has system or tools")
+        unrendered(cells, "prompt")
         return {"prompt": asked, "chosen": chosen, "rejected": rejected, **extra}
-    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    messages = with_system(cells, [{"role": "user", "content": asked}]) if isinstance(asked, str) else asked
     answers = {name: answer(cells, name, said, messages) for name, said in zip(SIDES, (chosen, rejected), strict=True)}
     return {"prompt": messages, **answers, **cells.extras(), **extra}
+
+
+def unrendered(cells: "Cells", name: str) -> None:
+    """Raises DataError where something that only a template can show stands beside text."""
+    if beside := [key for key in ("system", "tools", "chat_template_kwargs") if cells.raw.values.get(key)]:
+        cells.fail(name, cells.get(name), f"messages, because the row has {' and '.join(beside)}")
 
 
 def side(cells: "Cells", name: str) -> Any:
@@ -54,18 +62,19 @@ def side(cells: "Cells", name: str) -> Any:
     return cells.messages(name) if isinstance(cells.get(name), list | dict) else cells.text(name)
 
 
-def prompt(cells: "Cells") -> Any:
-    """What is asked, from whichever column has it; None where only the answers can tell."""
+def prompt(cells: "Cells", *, blank: bool) -> Any:
+    """What is asked, from whichever column has it; None where only the answers can tell. A text may say nothing where
+    it is `blank`, before answers that are text."""
     values = cells.raw.values
     if values.get("instruction"):
         said = "\n\n".join(filter(None, (cells.text("instruction"), cells.optional("input"))))
         return with_system(cells, [{"role": "user", "content": said}])
-    column = next((name for name in ("prompt", "messages", "conversations") if name in values), None)
+    column = next((name for name in ("prompt", "messages", "conversations") if values.get(name) is not None), None)
     if column is None:
         return None
     if isinstance(values[column], list | dict):
         return with_system(cells, cells.messages(column))
-    return cells.text(column, blank=True)
+    return cells.text(column, blank=blank)
 
 
 def with_system(cells: "Cells", messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -79,8 +88,9 @@ def answer(cells: "Cells", name: str, said: Any, asked: list[dict[str, Any]]) ->
     """The messages of one side after the prompt, which the side may repeat."""
     if isinstance(said, str):
         return [{"role": "assistant", "content": said}]
-    if said[: len(asked)] == asked and len(said) > len(asked):
-        return list(said[len(asked) :])
+    for start in (asked, asked[asked[0]["role"] == "system" :]):  # the system message may be a column's
+        if start and said[: len(start)] == start and len(said) > len(start):
+            return list(said[len(start) :])
     if said[0]["role"] != "assistant":
         cells.fail(name, cells.get(name), "the answer, or the prompt's own messages and then the answer")
     return list(said)
@@ -89,10 +99,12 @@ def answer(cells: "Cells", name: str, said: Any, asked: list[dict[str, Any]]) ->
 def without_prompt(cells: "Cells", chosen: Any, rejected: Any) -> dict[str, Any]:
     """The prompt as the shared beginning. `found` says so, and is noted when the row is encoded."""
     if isinstance(chosen, str):
+        unrendered(cells, "chosen")
         start, same = boundary(chosen, rejected)
         what = f"the first {start} characters" if start else "nothing: both are trained from their first word"
         found = f"no prompt column; the prompt is {what}" + ("" if same else ", although more words are shared")
         return {"prompt": chosen[:start], "chosen": chosen[start:], "rejected": rejected[start:], "found": found}
+    chosen, rejected = with_system(cells, chosen), with_system(cells, rejected)
     start = common(chosen, rejected, most=min(len(chosen), len(rejected)) - 1)
     found = f"no prompt column; the prompt is the {start} messages that chosen and rejected begin with"
     return {
@@ -102,9 +114,12 @@ def without_prompt(cells: "Cells", chosen: Any, rejected: Any) -> dict[str, Any]
 
 
 def boundary(chosen: str, rejected: str) -> tuple[int, bool]:
-    """(where the last answer is opened in what two texts share, whether they part right there)."""
+    """(where the last answer is opened in what two texts share, whether they part right there). It is opened as the
+    first is: `Answer:` after `Assistant:` is the assistant's word."""
     shared = common(chosen, rejected, most=min(len(chosen), len(rejected)))
-    start = max((found.end() for found in OPENS_ANSWER.finditer(chosen, 0, shared)), default=0)
+    opened = list(OPENS_ANSWER.finditer(chosen, 0, shared))
+    kind = opened[0][0].strip().lower() if opened else ""
+    start = max((found.end() for found in opened if found[0].strip().lower() == kind), default=0)
     return start, not chosen[start:shared].strip()
 
 
@@ -116,16 +131,21 @@ def common(one: Sequence[Any], other: Sequence[Any], *, most: int) -> int:
 def numbers(cells: "Cells", name: str) -> dict[str, float]:
     """`margin` or `label`: a number, or one for each attribute, as name, or name.0, name.1, ..."""
     value = cells.raw.values.get(name)
-    if value is None:
+    value = decoded(value) if isinstance(value, str) else value  # a CSV's cells are text
+    if value is None or value == "":
         return {}
     listed = value if isinstance(value, list) else [value]
-    if not listed or any(isinstance(x, bool) or not isinstance(x, int | float) or x - x != 0 for x in listed):
+    if not listed or not all(_finite(x) for x in listed):
         cells.fail(name, value, "a number, or a list with one number for each attribute")
     if name == "label" and any(x not in (-1, 0, 1) for x in listed):
         cells.fail(name, value, "1 (chosen is better), -1 (rejected is better) or 0 (no preference)")
     if not isinstance(value, list):
         return {name: float(value)}
     return {f"{name}.{k}": float(x) for k, x in enumerate(listed)}
+
+
+def _finite(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
 def tokens(cells: "Cells", name: str) -> tuple[list[int], list[bool] | None]:
@@ -154,12 +174,50 @@ def encode(chat: "Chat", row: Mapping[str, Any]) -> Iterator[Row]:
     extra = {k: v for k, v in row.items() if k.partition(".")[0] in ("margin", "label")}
     if "ids" in row:
         return iter([joined(given(chat, row["ids"]), extra)])
-    asked = {name: side_rows(chat, row, name) for name in SIDES}  # both, before either is looked at
-    return one_row(asked, extra)
+    settings: dict[str, list[str]] = {name: [] for name in SIDES}
+    asked = {name: side_rows(noting(chat, settings[name]), row, name) for name in SIDES}  # both, before either is read
+    return one_row(chat, row, asked, settings, extra)
 
 
-def one_row(asked: Mapping[str, Iterator[Row]], extra: Mapping[str, float]) -> Iterator[Row]:
-    yield joined([rendered(name, list(rows)) for name, rows in asked.items()], extra)
+def noting(chat: "Chat", settings: list[str]) -> "Chat":
+    """The same, which also tells what template settings a side took that the row does not have."""
+
+    def note(name: str, message: str) -> None:
+        chat.note(name, message)
+        if name == "template_kwargs":
+            settings.append(message)
+
+    return chat.noting(note)
+
+
+def one_row(
+    chat: "Chat",
+    row: Mapping[str, Any],
+    asked: Mapping[str, Iterator[Row]],
+    settings: Mapping[str, list[str]],
+    extra: Mapping[str, float],
+) -> Iterator[Row]:
+    sides = [rendered(name, list(rows)) for name, rows in asked.items()]
+    if settings["chosen"] != settings["rejected"]:  # answers to two prompts are no pair
+        sides = alike(chat, row)
+    yield joined(sides, extra)
+
+
+def alike(chat: "Chat", row: Mapping[str, Any]) -> list[Side]:
+    """Both sides under one setting of thinking, the first under which both have a truthful render."""
+    refused: list[DataError] = []
+    for thinking in (True, False):
+        given = {**row.get("chat_template_kwargs", {}), "enable_thinking": thinking}
+        one = {**row, "chat_template_kwargs": given}
+        try:
+            found = [rendered(name, list(side_rows(chat, one, name))) for name in SIDES]
+        except DataError as error:
+            refused.append(error)
+            continue
+        said = f"chosen and rejected think differently: trained with enable_thinking: {json.dumps(thinking)}"
+        chat.note("template_kwargs", f"{said}; use it at inference")
+        return found
+    raise refused[0]
 
 
 def side_rows(chat: "Chat", row: Mapping[str, Any], name: str) -> Iterator[Row]:

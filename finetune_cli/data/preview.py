@@ -124,7 +124,8 @@ def of_source(
         for number, record in enumerate(read(source)):
             problem = record.wrong or Problem("", said, rule="malformed")
             raw = Raw({}, first + number, shown(source.path), number, record.line)
-            yield Found(raw.place, Outcome(raw.source, dropped="malformed", error=problem))
+            found = Found(raw.place, Outcome(raw.source, dropped="malformed", error=problem))
+            yield found if rows is None or raw.source in rows else None
         return
     for raw in table.raws:
         yield of_raw(recipe, table, raw, chat) if rows is None or raw.source in rows else None

@@ -176,6 +176,8 @@ def bounded(style: Style, request: dict[str, Any], settings: dict[str, Any]) -> 
         reply = json.dumps(answer(style, request))
     except MemoryError:
         return json.dumps({"error": ["the chat template needs too much memory on this row", ""]})
+    except Exception as error:  # noqa: BLE001  whatever a template does with a row costs that row alone
+        return json.dumps({"error": [f"the row cannot be rendered: {type(error).__name__}: {error}", ""]})
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     if len(reply) > REPLY:

@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune_cli.data.cache import encoded
 from finetune_cli.data.chat import Chat
-from finetune_cli.data.encode import Encoded, split_eval
+from finetune_cli.data.encode import Encoded, counts, percentiles, split_eval
 from finetune_cli.data.forms import text_of
 from finetune_cli.data.sources import load
 from finetune_cli.errors import DataError
@@ -45,8 +45,7 @@ def load_rows(recipe: Recipe, chat: Chat) -> RowSets:
     number = number if method.generates else 0
     evals: dict[str, tuple[Encoded, list[Prompt]]] = {}
     if held:
-        report = {**train.report, "read": len(held), "kept": len(held), "dropped": {}, "truncated": 0}
-        evals[""] = Encoded(held, report), prompts(recipe, data.train, held, chat, number)
+        evals[""] = Encoded(held, report_of_held(held)), prompts(recipe, data.train, held, chat, number)
     for name, source in (data.eval_sets or {}).items():
         found = encoded(method, [source], chat, data, seed=recipe.seed)
         if name in evals:
@@ -74,7 +73,24 @@ def train_rows(recipe: Recipe, chat: Chat) -> tuple[Encoded, list[Row]]:
     rows, held = split_eval(found.rows, data.eval_split, recipe.seed)
     if not held:
         return found, []
-    return Encoded(rows, {**found.report, "held_out": len({row.source for row in held})}), held
+    return Encoded(rows, {**found.report, **counts(rows), "held_out": len({row.source for row in held})}), held
+
+
+def report_of_held(rows: Sequence[Row]) -> dict[str, Any]:
+    """Of rows that were read, dropped and warned of with the training rows."""
+    sources = len({row.source for row in rows})
+    return {
+        "read": sources,
+        "kept": sources,
+        "dropped": {},
+        "parts_dropped": {},
+        "warnings": {},
+        "examples": {},
+        **counts(rows),
+        "lengths": percentiles([row.longest for row in rows]),
+        "targets": {"trained": sum(row.targets for row in rows), "cut": 0},
+        "unused": {},
+    }
 
 
 def prompts(recipe: Recipe, sources: Sequence[Source], rows: Sequence[Row], chat: Chat, number: int) -> list[Prompt]:

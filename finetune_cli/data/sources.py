@@ -76,9 +76,11 @@ def shape_of(columns: Collection[str], accepts: Collection[str] = ()) -> str | N
     return found.name if found else None
 
 
-def find_shape(columns: Collection[str], accepts: Collection[str] = ()) -> Shape | None:
-    fits = (shape for shape in SHAPES if set(shape.required) <= set(columns))
-    return next((shape for shape in fits if not accepts or shape.name in accepts), None)
+def find_shape(columns: Collection[str], accepts: Collection[str] = (), mapped: Collection[str] = ()) -> Shape | None:
+    """The first that has its columns; with `mapped`, names that the recipe gives columns, one that reads them."""
+    has = [s for s in SHAPES if set(s.required) <= set(columns) and (not accepts or s.name in accepts)]
+    reads = (shape for shape in has if set(mapped) <= {*shape.required, *shape.optional})
+    return next(reads, has[0] if has else None)
 
 
 def load(source: Source, *, accepts: Collection[str] = (), first: int = 0) -> Table:
@@ -92,8 +94,11 @@ def load(source: Source, *, accepts: Collection[str] = (), first: int = 0) -> Ta
         raise together([f"{p.file}:{p.line}: {p.message}" for p in problems], problems, "No row of it can be read.")
     columns = dict.fromkeys(name for record in readable for name in record.values)
     names = renamed(source, columns, file=file)
-    shape = find_shape([names.get(column, column) for column in readable[0].values], accepts)
-    shape = shape or find_shape([names.get(column, column) for column in columns], accepts)
+    said = dict.fromkeys(name for record in readable for name, value in record.values.items() if value is not None)
+    mapped = source.columns or {}
+    shape = find_shape([names.get(c, c) for c in readable[0].values if c in said], accepts, mapped)
+    shape = shape or find_shape([names.get(c, c) for c in said], accepts, mapped)
+    shape = shape or find_shape([names.get(c, c) for c in columns], accepts, mapped)
     if shape is None:
         raise no_shape(file, columns, accepts)
     raws = [
@@ -101,21 +106,27 @@ def load(source: Source, *, accepts: Collection[str] = (), first: int = 0) -> Ta
         for row, record in enumerate(records)
     ]
     used = {*shape.required, *shape.optional}
+    if idle := [name for name in mapped if name not in used]:
+        raise DataError(
+            f"{file}: columns.{idle[0]}: the rows are read as {shape.name} ({' + '.join(shape.required)}), "
+            f"which have no {idle[0]}",
+            "Take it out, or map the columns of another shape.",
+        )
     unused = tuple(column for column in columns if names.get(column, column) not in used)
-    mapped = {name: role for role, given in (source.roles or {}).items() for name in given}
-    if wrong := {*mapped.values()} - {*ROLES.values()}:
+    roles = {name: role for role, given in (source.roles or {}).items() for name in given}
+    if wrong := {*roles.values()} - {*ROLES.values()}:
         raise DataError(f"roles: there is no role {sorted(wrong)[0]!r}", f"The roles: {', '.join({*ROLES.values()})}")
-    return Table(file, shape, one_kind(raws), unused, {**ROLES, **mapped}, source.weight)
+    return Table(file, shape, one_kind(raws, TEXT_OR_MESSAGES & used), unused, {**ROLES, **roles}, source.weight)
 
 
-def one_kind(raws: list[Raw]) -> list[Raw]:
+def one_kind(raws: list[Raw], columns: Collection[str]) -> list[Raw]:
     """The rows, those marked as wrong whose columns hold messages where the first that has any holds text, or so."""
     first: dict[str, tuple[str, Raw]] = {}
     kinds: dict[type, str] = {str: "text", list: "messages", dict: "messages"}
 
     def marked(raw: Raw) -> Raw:
         for column, value in raw.values.items():
-            kind = kinds.get(type(value)) if column in TEXT_OR_MESSAGES else None
+            kind = kinds.get(type(value)) if column in columns else None
             if kind is not None:
                 other, place = first.setdefault(column, (kind, raw))
                 if kind != other:

@@ -111,6 +111,7 @@ def keywords(name: str, logging: Logging, run: Path, known: str | None) -> dict[
         if "MLFLOW_TRACKING_URI" not in os.environ:
             import mlflow
 
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow 3 refuses plain files without it
             mlflow.set_tracking_uri(f"sqlite:///{run / 'mlflow.db'}" if _has_sql() else (run / "mlflow").as_uri())
         return {"run_name": called, "run_id": known}
     return {"name": called} if name in ("trackio", "swanlab") else {}

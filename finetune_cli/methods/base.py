@@ -139,6 +139,10 @@ class Method(Spec):
         """(key, evidence, error | warning) of the method's own settings that do not fit how a step is made."""
         yield from ()
 
+    def marked(self, row: Row) -> Row:
+        """A row once it has its length: where its loss is read."""
+        return row
+
     @abstractmethod
     def encode(self, row: Mapping[str, Any], shape: str, render: Render) -> Iterator[Row]:
         """Tokens of one row of the data; more than one where the template rewrites history. Pure, no torch."""

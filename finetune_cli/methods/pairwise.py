@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from finetune_cli.errors import DataError
 from finetune_cli.methods.base import Method
 from finetune_cli.types import Counts, Layout, Render, Row, Scores
 
@@ -50,10 +51,17 @@ class Pairwise(Method):
     """A method on pairs of answers to one prompt."""
 
     shapes: ClassVar = ("pairs",)
+    labelled: ClassVar[bool] = False
+    """Whether a column `label` may say that the rejected answer is the better one."""
     branches: ClassVar = 2
 
     def encoding(self) -> dict[str, Any]:
         return {"name": self.name}
 
     def encode(self, row: Mapping[str, Any], shape: str, render: Render) -> Iterator[Row]:  # noqa: ARG002
+        if not self.labelled and any(key.partition(".")[0] == "label" and value != 1 for key, value in row.items()):
+            raise DataError(
+                f"label says that chosen is not the better answer, which {self.name} does not read",
+                "Swap chosen and rejected in such rows, or leave them out.",
+            )
         return render.pair(row)

@@ -48,6 +48,7 @@ class Reward(Pairwise):
 
     summary: ClassVar = "reward model: a score that is higher for the chosen answer of a pair"
     generates: ClassVar = False
+    labelled: ClassVar = True
     lora_rates: ClassVar = LearningRates(default=1e-4, low=1e-5, high=3e-4)
     full_rates: ClassVar = LearningRates(default=1e-5, low=1e-6, high=5e-5)
 
@@ -58,10 +59,12 @@ class Reward(Pairwise):
         return {"num_labels": self.num_labels}
 
     def encode(self, row: Mapping[str, Any], shape: str, render: Render) -> Iterator[Row]:
-        """Marked is the last token of each answer, where the score is read."""
         for pair in super().encode(row, shape, render):
-            branches = tuple(replace(branch, trained=last_only(branch)) for branch in pair.branches)
-            yield replace(pair, branches=branches, extra=self.attributes(pair.extra))
+            yield replace(pair, extra=self.attributes(pair.extra))
+
+    def marked(self, row: Row) -> Row:
+        """The score is read at the last token of each answer."""
+        return replace(row, branches=tuple(replace(branch, trained=last_only(branch)) for branch in row.branches))
 
     def attributes(self, extra: Mapping[str, float]) -> dict[str, float]:
         """label.k and margin.k for each score. Raises DataError where a row brings another number of them."""

@@ -59,6 +59,10 @@ class Sft(Method):
             return render.conversation(row, loss_on=self.loss_on or "assistant")
         if shape == "completion":
             return render.completion(row, loss_on=self.loss_on or "completion")
+        if shape == "text" and self.loss_on not in (None, "all"):
+            raise DataError(
+                f"method.loss_on: {self.loss_on} needs messages, and this row is text", "Use all, or unset it."
+            )
         return self.given(row) if shape == "tokens" else render.text(row)
 
     def given(self, row: Mapping[str, Any]) -> Iterator[Row]:

@@ -10,6 +10,9 @@ from finetune_cli.data.chat import Chat
 from finetune_cli.data.encode import encode_row, encode_set, fit, split_eval, weighted
 from finetune_cli.data.sources import load
 from finetune_cli.errors import DataError
+from finetune_cli.methods.dpo import Dpo
+from finetune_cli.methods.orpo import Orpo
+from finetune_cli.methods.reward import Reward
 from finetune_cli.methods.sft import Sft
 from finetune_cli.recipe.sections import Data, Source
 from finetune_cli.types import Branch, Row
@@ -232,3 +235,45 @@ def test_split_eval():
     assert split_eval(rows, 0.0, 1) == (rows, [])
     with pytest.raises(DataError, match="leaves none to train on"):
         split_eval(rows[:2], 0.5, 1)
+
+
+def test_conversations_that_are_cut_are_counted_once(chat, source):
+    found = encode(chat, source(GOOD, LONG, weight=3), overlength="truncate")
+    assert (found.report["read"], found.report["rows"], found.report["truncated"]) == (2, 6, 1)
+
+
+def test_a_pair_for_a_reward_model_is_cut_and_read_at_its_new_end(chat, source):
+    pair = {"prompt": said("one"), "chosen": "two " * 40, "rejected": "three"}
+    for method in (Reward(), Dpo()):
+        found = encode(chat, source(pair), method=method, overlength="truncate")
+        ((long, short),) = [row.branches for row in found.rows]
+        assert (len(found.rows[0].prefix) + len(long.ids), found.report["truncated"]) == (40, 1)
+        marks = [[i for i, t in enumerate(branch.trained) if t] for branch in (long, short)]
+        ends = [len(long.ids) - 1, len(short.ids) - 1]
+        if method.name == "reward":
+            assert marks == [[end] for end in ends]
+        else:  # the line break after the stop is not trained
+            assert marks == [[*range(ends[0] + 1)], [*range(ends[1])]]
+
+
+@pytest.mark.parametrize("method", [Dpo(), Orpo()])
+def test_a_pair_that_says_it_is_the_wrong_way_round_is_refused(chat, source, method):
+    pair = {"prompt": said("one"), "chosen": "two", "rejected": "three"}
+    report = encode(chat, source({**pair, "label": -1}, {**pair, "label": 1}), method=method).report
+    assert report["dropped"] == {"unrenderable": 1}
+    assert "Swap chosen and rejected" in report["examples"]["unrenderable"][0]
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "completion", "last_assistant"])
+def test_text_has_no_turns_to_train(chat, source, loss_on):
+    with pytest.raises(DataError, match="1 of 1 rows are dropped") as caught:
+        encode(chat, source({"text": "one two"}), method=Sft(loss_on=loss_on))
+    assert f"method.loss_on: {loss_on} needs messages" in caught.value.problems[0].message
+
+
+def test_half_a_character_costs_its_row(chat, source):
+    tool = '[{"name": "\\ud83d", "parameters": {}}]'
+    rows = source({**GOOD, "tools": tool}, GOOD, name="tools.jsonl")
+    template = "{{ tools | tojson if tools }}" + CHATML
+    found = encode(Chat.bind(tiny_tokenizer(template)), rows)
+    assert (found.report["kept"], found.report["dropped"]) == (1, {"unrenderable": 1})

@@ -145,6 +145,8 @@ class TestTexts:
             ("<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nB", "<|im_start|>user\nA<|im_end|>\n", 0),
             ("Human: my assistant is kind", "Human: my assistant is rude", 0),
             ("A: x", "B: x", 0),
+            ("Human: 2+2\n\nAssistant: Sure.\nAnswer: 4", "Human: 2+2\n\nAssistant: Sure.\nAnswer: 5", 22),
+            ("Human: a\nAI: b\nHuman: c\nAI: d", "Human: a\nAI: b\nHuman: c\nAI: e", 27),
         ],
     )  # fmt: skip
     def test_boundaries(self, chosen, rejected, start):
@@ -196,6 +198,50 @@ def test_where_the_prompts_tokens_differ_only_what_is_equal_is_shared():
     ]
 
 
+def test_the_system_column_is_in_every_form(tmp_path):
+    asked = "<|im_start|>system\nBe brief.<|im_end|>\n" + PROMPT
+    for form, value in FORMS.items():
+        (row,), _ = rows(tmp_path, {**value, "system": "Be brief."})
+        assert texts(row)[0] == asked, form
+
+
+def test_an_empty_column_is_no_prompt(tmp_path):
+    for value in ({"messages": ASKED}, {"conversations": FORMS["conversations"]["conversations"]}, {}):
+        sides = {"chosen": GOOD, "rejected": BAD} if value else {"chosen": ASKED + GOOD, "rejected": ASKED + BAD}
+        (row,), _ = rows(tmp_path, {"prompt": None, **value, **sides})
+        assert texts(row)[0] == PROMPT
+
+
+OPENS_THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
+    "{% if enable_thinking is false %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+def test_sides_that_think_differently_have_one_prompt(tmp_path):
+    """Alone, an answer without thoughts is trained behind thinking that is closed already."""
+    thought = [{"role": "assistant", "content": "It is four.", "reasoning_content": "Two and two."}]
+    for sides in ({"chosen": thought, "rejected": BAD}, {"chosen": BAD, "rejected": thought}):
+        (row,), notes = rows(tmp_path, {"prompt": ASKED, **sides}, template=OPENS_THINKING)
+        assert "chosen and rejected think differently" in "".join(text for _, text in notes)
+        assert texts(row, OPENS_THINKING)[0] == PROMPT + "<think>\n"
+        assert sorted(trained(row, OPENS_THINKING)) == [
+            "\n</think>\n\nIt is five.<|im_end|>",
+            "Two and two.\n</think>\n\nIt is four.<|im_end|>",
+        ]
+    (row,), notes = rows(tmp_path, {"prompt": ASKED, "chosen": GOOD, "rejected": BAD}, template=OPENS_THINKING)
+    assert texts(row, OPENS_THINKING)[0].endswith("</think>\n\n")
+    assert "differently" not in "".join(text for _, text in notes)
+
+
+def test_numbers_of_a_csv_are_text(tmp_path):
+    (row,), _ = rows(tmp_path, {**FORMS["messages"], "margin": "1.5", "label": ""})
+    assert row.extra == {"margin": 1.5}
+
+
 def test_margins_and_labels(tmp_path):
     values = [
         {**FORMS["messages"], "margin": 1.5, "label": [1, 0]},
@@ -212,7 +258,11 @@ def test_margins_and_labels(tmp_path):
     ("value", "said"),
     [
         ({"prompt": ASKED, "chosen": GOOD, "rejected": "x"}, "rejected"),
-        ({**FORMS["messages"], "margin": "1"}, "a number"),
+        ({**FORMS["messages"], "margin": "much"}, "a number"),
+        ({**FORMS["messages"], "margin": 10**400}, "a number"),
+        ({"chosen": "Q: a", "rejected": "Q: b", "system": "s"}, "messages, because the row has system"),
+        ({"prompt": "", "chosen": GOOD, "rejected": BAD}, "prompt is empty"),
+        ({"prompt": ASKED, "chosen": "a", "rejected": "b", "tools": [{"type": "function", "function": "x"}]}, "tools"),
         ({**FORMS["messages"], "margin": float("nan")}, "a number"),
         ({**FORMS["messages"], "label": 2}, "no preference"),
         ({"prompt": ASKED, "chosen": said("Other?", "x"), "rejected": BAD}, "the prompt's own messages"),

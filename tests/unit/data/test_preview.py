@@ -71,7 +71,7 @@ def test_previews_are_what_is_trained_on(rows_and_chat, overlength, loss_on, tem
     ("rows", "method"),
     [
         ([{"text": "one two"}, {"text": "🙂"}], "sft"),
-        ([{"prompt": "one ", "completion": "two"}, {"prompt": " ", "completion": "\n"}], "sft"),
+        ([{"prompt": "one ", "completion": "two"}, {"prompt": "a ", "completion": " b\n"}], "sft"),
         ([{"prompt": said("one"), "completion": answer("two")}], "sft"),
         ([{"input_ids": [4, 5, 6], "labels": [-100, 5, 6]}, {"input_ids": [7, 8]}], "sft"),
         ([{"prompt": said("one"), "chosen": answer("a"), "rejected": answer("b")}], "dpo"),

@@ -9,7 +9,7 @@ from finetune_cli.data.chat import Chat
 from finetune_cli.data.rows import load_rows
 from finetune_cli.errors import DataError, RecipeError
 from finetune_cli.recipe.load import load
-from tests.helpers import CHATML, questions, tiny_tokenizer, write_rows
+from tests.helpers import CHATML, questions, said, tiny_tokenizer, write_rows
 
 
 @pytest.fixture
@@ -98,3 +98,16 @@ def test_weights_of_training_sets_and_evaluation_once(rows_of, tmp_path):
     found, _ = rows_of("eval_split=0.25", data={"train": train})
     assert len(found.train.rows) == 27
     assert len(found.evals[""][0].rows) == 3
+
+
+def test_held_out_rows_are_counted_for_themselves(rows_of, tmp_path):
+    """Ten conversations that are cut, two of them held out; the others are taken three times."""
+    rows = [{"messages": said("one", "four " * 60)} for _ in range(10)]
+    source = {"path": str(tmp_path / "train.jsonl"), "weight": 3}
+    data = {"train": source, "eval_split": 0.2, "overlength": "truncate", "max_length": 40}
+    found, _ = rows_of(rows=rows, data=data)
+    train, held = found.train.report, found.evals[""][0].report
+    assert (train["read"], train["kept"], train["held_out"], train["truncated"]) == (10, 10, 2, 8)
+    assert (held["read"], held["kept"], held["truncated"]) == (2, 2, 2)
+    assert (train["rows"], held["rows"], held["lengths"]["max"]) == (24, 2, 40)
+    assert held["targets"]["trained"] == sum(row.targets for row in found.evals[""][0].rows) > 0

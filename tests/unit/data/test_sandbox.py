@@ -1,6 +1,7 @@
 """The process in which templates run: bounds on time, memory and output, deaths, and that nothing of it is left."""
 
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetune_cli.data.chat import Chat
+from finetune_cli.data.render import bounded
 from finetune_cli.data.sandbox import STRIKES, Sandbox
 from finetune_cli.errors import DataError
 from tests.helpers import CHATML, said, tiny_tokenizer, trained_texts
@@ -134,3 +136,8 @@ def test_no_request_starts_no_process():
     sandbox = Sandbox({})
     assert sandbox.answers([]) == []
     assert sandbox._process is None
+
+
+def test_whatever_goes_wrong_costs_one_row():
+    reply = json.loads(bounded(None, {"messages": []}, {"seconds": 9, "seconds_a_message": 0}))
+    assert reply["error"][0].startswith("the row cannot be rendered: ")

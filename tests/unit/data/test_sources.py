@@ -380,3 +380,62 @@ def test_wrong_maps(tmp_path):
     assert "messages" in caught.value.hint
     with pytest.raises(DataError, match="no role 'asistant'"):
         load(Source(path=path, roles={"asistant": ["bot"]}))
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "shape"),
+    [
+        ({"instruction": "a", "output": "b", "text": "a b"}, {"text": "text"}, "text"),
+        ({"instruction": "a", "output": "b", "text": "a b"}, None, "messages"),
+        ({**TALK, "question": "a", "answer": "b"}, {"prompt": "question", "completion": "answer"}, "completion"),
+        ({"chosen": "a", "rejected": "b", "asked": "c"}, {"prompt": "asked"}, "pairs"),
+        ({"messages": None, "prompt": "a", "completion": "b"}, None, "completion"),
+    ],
+)
+def test_what_is_mapped_and_what_is_empty_decide_the_shape(row, columns, shape, tmp_path):
+    assert load(Source(path=written(tmp_path, row), columns=columns)).shape.name == shape
+
+
+def test_a_null_in_the_first_row_decides_nothing(tmp_path):
+    rows = {"instruction": "a", "output": None, "text": "t"}, {"instruction": "a", "output": "b", "text": "t"}
+    assert load(Source(path=written(tmp_path, *rows))).shape.name == "messages"
+
+
+def test_a_mapping_that_nothing_reads_is_refused(tmp_path):
+    path = written(tmp_path, {"prompt": "a", "completion": "b", "s": "c"})
+    with pytest.raises(DataError, match=r"columns\.system: the rows are read as completion") as caught:
+        load(Source(path=path, columns={"system": "s"}))
+    assert "Take it out" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"instruction": "a", "output": "b", "history": 5}, "history is"),
+        ({"instruction": "a", "output": "b", "history": [["q", " "]]}, "says something"),
+        ({"instruction": " \n", "output": "b"}, "instruction is empty"),
+        ({"instruction": "a", "output": " "}, "output is"),
+        ({"prompt": "a", "completion": "  "}, "completion is"),
+        ({"input_ids": [1, 2], "attention_mask": 1}, "attention_mask is"),
+        ({**TALK, "tools": [{"type": "function", "function": {"name": None}}]}, "tools\\[0\\] is"),
+        ({"messages": [*said("a"), {"role": "function_call", "content": CALL, "trainable": "no"}]}, "true or false"),
+    ],
+)
+def test_cells_of_a_wrong_kind_are_named(row, said, tmp_path):
+    with pytest.raises(DataError, match=said):
+        canonical(tmp_path, row)
+
+
+def test_white_space_in_an_optional_column_says_nothing(tmp_path):
+    row = {"instruction": "a", "input": " ", "output": "b", "tools": "  "}
+    assert canonical(tmp_path, row)["messages"][0]["content"] == "a"
+
+
+def test_an_answer_that_is_only_reasoned(tmp_path):
+    row = {"messages": [*said("a"), {"role": "assistant", "content": "", "reasoning": "hm"}]}
+    assert canonical(tmp_path, row)["messages"][1]["reasoning"] == "hm"
+
+
+def test_a_column_that_is_not_read_may_be_mixed(tmp_path):
+    table = load(Source(path=written(tmp_path, {**TALK, "prompt": "a"}, {**TALK, "prompt": said("b")})))
+    assert [raw.wrong for raw in table.raws] == [None, None]
