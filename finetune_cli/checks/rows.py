@@ -41,7 +41,8 @@ def lengths(seen: SeenRows) -> Iterator[Found]:
         cut = report["targets"]["cut"]
         trained = cut + report["targets"]["trained"]  # prompts alone have none
         lost = f", with them {share(cut, trained, 'trained tokens')}" if trained else ""
-        what = f"{counted(dropped, 'row')} dropped" if dropped else f"{counted(report['truncated'], 'row')} cut"
+        told = {"dropped": dropped, "cut": report["truncated"]}
+        what = " and ".join(f"{counted(number, 'row')} {what}" for what, number in told.items() if number)
         spread = ", ".join(f"{name} {length}" for name, length in report["lengths"].items())
         said = f"of {report['read']:,} rows {what} at {most} tokens (data.overlength: {seen.recipe.data.overlength})"
         room = f"a data.max_length of {report['lengths']['max']} takes them all"

@@ -79,7 +79,7 @@ def resolve(name: str, *, announce: Callable[[str], None]) -> Path:
     """
     builtin = find(name.removeprefix(PREFIX))
     target = place(builtin)
-    if finished(target, builtin) or (target / "config.json").is_file():
+    if finished(target, builtin) or target != own_place(builtin):
         return target
     build(builtin, target, announce=announce)
     return target
@@ -87,11 +87,14 @@ def resolve(name: str, *, announce: Callable[[str], None]) -> Path:
 
 def place(builtin: Builtin) -> Path:
     """Where the folder of a builtin model is, or will be once it is made."""
-    target = cache_root() / "models" / f"{builtin.name}-{builtin.member_sha256[:12]}"
-    given = given_folder()
+    target, given = own_place(builtin), given_folder()
     if not finished(target, builtin) and given and (given / builtin.name / "config.json").is_file():
         return given / builtin.name
     return target
+
+
+def own_place(builtin: Builtin) -> Path:
+    return cache_root() / "models" / f"{builtin.name}-{builtin.member_sha256[:12]}"
 
 
 def find(name: str) -> Builtin:

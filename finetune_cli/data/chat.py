@@ -67,7 +67,7 @@ class Chat:
         """`stop_ids`: the eos ids of the model's generation_config; the tokenizer's own eos is always a stop."""
         names = [tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(sorted(stop_ids))]
         stops = tuple(dict.fromkeys(name for name in names if name))
-        encoder, template = Encoder.bind(tokenizer), template or tokenizer.chat_template
+        encoder, template = Encoder.bind(tokenizer), template or one_template(tokenizer.chat_template)
         settings = {
             "template": template,
             "names": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -127,7 +127,7 @@ class Chat:
         if shape == "completion" and isinstance(row["prompt"], str):
             return Prompt([*self.encoder.lead, *self.encoder.one(row["prompt"])], row["prompt"], row["completion"])
         messages = row["messages"] if shape == "messages" else [*row.get("prompt", ()), *row.get("completion", ())]
-        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+        last = max(wanted(messages, "assistant", 0), default=0)
         if not last:
             return None
         text, answer, stop = self.ask(self.request(row, messages, "prompt", [last]))
@@ -213,6 +213,18 @@ class Chat:
         if tokens.retokenised:
             self.note("retokenised", "the prompt encoded alone, as inference does, has other ids than in this row")
         return Row([], (Branch(tokens.ids, tokens.trained),), part=part)
+
+
+def one_template(own: str | Mapping[str, str] | None) -> str | None:
+    """A tokenizer may have several templates by name: rows with tools are for `tool_use`, as transformers has it."""
+    if not isinstance(own, Mapping):
+        return own
+    if "default" not in own:
+        hint = "Set model.chat_template to the one that is meant."
+        raise DataError(f"the tokenizer has the chat templates {', '.join(own)} and none is the default", hint)
+    if "tool_use" not in own:
+        return own["default"]
+    return f"{{% if tools %}}{own['tool_use']}{{% else %}}{own['default']}{{% endif %}}"
 
 
 def is_unicode(text: str) -> bool:

@@ -1,11 +1,12 @@
 """The rows of a recipe: training and evaluation sets, tokenised, and the prompts that evaluation asks."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune_cli.data.cache import encoded
-from finetune_cli.data.chat import Chat
+from finetune_cli.data.chat import Chat, wanted
 from finetune_cli.data.encode import Encoded, counts, percentiles, split_eval
 from finetune_cli.data.forms import text_of
 from finetune_cli.data.sources import load
@@ -16,6 +17,15 @@ from finetune_cli.types import Prompt, Row
 HELD_OUT = "held out"
 
 
+class Given(NamedTuple):
+    """A row of the data, as a reward sees it."""
+
+    values: Mapping[str, Any]
+    """All columns, as they are in the file."""
+    row: Mapping[str, Any]
+    """In its canonical form."""
+
+
 @dataclass(frozen=True)
 class RowSets:
     """All rows of a run. `evals` by set name; the unnamed set has the name ""."""
@@ -23,9 +33,8 @@ class RowSets:
     train: Encoded
     train_prompts: list[Prompt]
     evals: dict[str, tuple[Encoded, list[Prompt]]]
-    raws: dict[str, dict[int, Mapping[str, Any]]] = field(default_factory=dict)
-    """Rows as they are in the files, by set ("train" or the name of an evaluation set) and source, where a reward may
-    want to see them."""
+    raws: dict[str, dict[int, Given]] = field(default_factory=dict)
+    """Rows by set ("train" or the name of an evaluation set) and source, where a reward may want to see them."""
 
     def summary(self) -> dict[str, Any]:
         """The counts of every set."""
@@ -51,18 +60,27 @@ def load_rows(recipe: Recipe, chat: Chat) -> RowSets:
         if name in evals:
             raise DataError("data.eval_sets and data.eval_split both make the unnamed set", "Keep one of them.")
         evals[name] = found, prompts(recipe, [source], found.rows, chat, number)
+    if asked.metric is not None and method.generates and evals and not any(found for _, found in evals.values()):
+        raise DataError(
+            f"eval.metric: {asked.metric} is of answers, and no evaluation row asks anything",
+            "Take it out, or evaluate on rows of messages, or of prompt and completion.",
+        )
     wanted = [] if evals else train.rows[: asked.sample_prompts if method.generates else 0]
     raws = {"train": raws_of(recipe, data.train)} if method.online else {}
     raws |= {name: raws_of(recipe, [source]) for name, source in (data.eval_sets or {}).items() if method.online}
     return RowSets(train, prompts(recipe, data.train, wanted, chat, asked.sample_prompts), evals, raws)
 
 
-def raws_of(recipe: Recipe, sources: Sequence[Source]) -> dict[int, Mapping[str, Any]]:
-    """The rows of some sources with all their columns, by their place."""
-    found: dict[int, Mapping[str, Any]] = {}
+def raws_of(recipe: Recipe, sources: Sequence[Source]) -> dict[int, Given]:
+    """The rows of some sources, by their place."""
+    found: dict[int, Given] = {}
     for source in sources:
         table = load(source, accepts=recipe.method.shapes, first=len(found))
-        found |= {raw.source: raw.values for raw in table.raws}
+        for raw in table.raws:
+            row: dict[str, Any] = {}
+            with suppress(DataError):  # a row that is dropped is never asked about
+                row = table.canonical(raw)
+            found[raw.source] = Given(raw.values, row)
     return found
 
 
@@ -109,21 +127,24 @@ def canonical(recipe: Recipe, sources: Sequence[Source], chat: Chat, wanted: set
         first += len(table.raws)
         for raw in table.raws:
             if raw.source in wanted:
-                row = table.canonical(raw)
-                prompt = chat.prompt(row, table.shape.name)
-                if prompt is not None:
-                    yield raw.source, replace(prompt, text=question(row) or prompt.text, source=raw.source)
+                row, shape = recipe.method.asks(table.canonical(raw), table.shape.name)
+                prompt: Prompt | None = None
+                with suppress(DataError):  # a row may be trained whose last answer has no truthful prompt
+                    prompt = chat.prompt(row, shape)
+                if prompt is not None and prompt.ids:
+                    yield raw.source, replace(prompt, text=question(row, shape) or prompt.text, source=raw.source)
 
 
-def question(row: Mapping[str, Any]) -> str:
-    """The message before the last answer, as a person reads it."""
+def question(row: Mapping[str, Any], shape: str) -> str:
+    """The message before the last answer, or the last where nobody has answered yet, as a person reads it."""
+    if shape == "prompt":
+        asked = _messages(row["prompt"])
+        return text_of(asked[-1].get("content")) if asked else ""
     messages = row.get("messages") or [
         *_messages(row.get("prompt")),
         *_messages(row.get("completion") or row.get("chosen")),
     ]
-    if messages and "completion" not in row and "chosen" not in row and messages[-1]["role"] != "assistant":
-        return text_of(messages[-1].get("content"))
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    last = max(wanted(messages, "assistant", 0), default=0)
     return text_of(messages[last - 1].get("content")) if last else ""
 
 

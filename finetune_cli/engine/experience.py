@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from finetune_cli.data.batches import Batch, counts_of
 from finetune_cli.data.chat import Chat
+from finetune_cli.data.rows import Given
 from finetune_cli.engine import metrics, rewards
 from finetune_cli.engine.actor import POLICY, Actor
 from finetune_cli.engine.evaluate import sample_event, unless_stopping
@@ -47,7 +48,7 @@ class Experience:
     actor: Actor
     stop_ids: list[int]
     generator: Generator
-    data: Mapping[str, Mapping[int, Mapping[str, Any]]]
+    data: Mapping[str, Mapping[int, Given]]
     """The rows as they are in the files, by set ("train" or the name of an evaluation set) and source."""
     sources: list[Source] = field(default_factory=list)
     told: bool = False
@@ -172,7 +173,7 @@ class Experience:
             rows,
             [decode(row.prefix) for row, _ in pairs],
             [self.text(branch.ids) for _, branch in pairs],
-            [data.get(row.source, {}) for row, _ in pairs],
+            [data[row.source] for row, _ in pairs],
         )
         return [source.scores(answers) for source in self.sources]
 
@@ -301,7 +302,7 @@ class Judged:
     worth: float
 
 
-def attach(job: "Job", actor: Actor, chat: Chat, data: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> None:
+def attach(job: "Job", actor: Actor, chat: Chat, data: Mapping[str, Mapping[int, Given]]) -> None:
     """Give the job what answers and judges. Raises where a reward cannot be had or is none."""
     method = job.method
     assert isinstance(method, Online)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from finetune_cli.data.chat import Chat
+from finetune_cli.data.rows import Given
 from finetune_cli.engine import layout, models, reference
 from finetune_cli.engine.actor import Actor
 from finetune_cli.engine.role import RewardRole
@@ -37,8 +38,8 @@ class Answers:
     """As the model reads them, once for each answer."""
     responses: list[str]
     """Without the stop token."""
-    data: list[Mapping[str, Any]]
-    """The rows of the data as they are in the file, once for each answer."""
+    data: list[Given]
+    """The rows of the data, once for each answer."""
 
 
 Judge = Callable[[Answers], Sequence[Any]]
@@ -170,7 +171,7 @@ def after_stop(chat: Chat) -> list[int]:
 
 def closed(answers: Answers, tail: list[int], stops: set[int]) -> list[Row]:
     """The rows as a reward model was trained on them: rendered to the end where the template rendered the prompt."""
-    rendered = iter(not isinstance(row.get("prompt"), str) for row in answers.data)
+    rendered = iter(not isinstance(given.row.get("prompt"), str) for given in answers.data)
 
     def whole(branch: Branch) -> Branch:
         ids = [*branch.ids, *tail] if next(rendered) and branch.ids[-1] in stops else branch.ids
@@ -181,17 +182,19 @@ def closed(answers: Answers, tail: list[int], stops: set[int]) -> list[Row]:
 
 def in_other_words(answers: Answers, tokenizer: Any) -> list[Row]:
     """The same conversations as another tokenizer writes them."""
-    texts = [text_for(tokenizer, *each) for each in zip(answers.prompts, answers.responses, answers.data, strict=True)]
+    rows = [given.row for given in answers.data]
+    texts = [text_for(tokenizer, *each) for each in zip(answers.prompts, answers.responses, rows, strict=True)]
     return [Row([], (Branch(ids, [True] * len(ids)),)) for ids in texts]
 
 
 def text_for(tokenizer: Any, prompt: str, response: str, row: Mapping[str, Any]) -> list[int]:
     said = row.get("messages", row.get("prompt"))
     if tokenizer.chat_template is None or not isinstance(said, list):
-        text, special = (prompt if isinstance(said, list) else str(said)) + response, True
+        text, special = (said if isinstance(said, str) else prompt) + response, True
     else:
-        asked = said[:-1] if said[-1].get("role") == "assistant" else said
-        messages = [*asked, {"role": "assistant", "content": response}]
-        text, special = tokenizer.apply_chat_template(messages, tokenize=False), False
+        asked = said[:-1] if said[-1]["role"] == "assistant" else said
+        messages, own = [*asked, {"role": "assistant", "content": response}], row.get("chat_template_kwargs") or {}
+        text = tokenizer.apply_chat_template(messages, tools=row.get("tools"), tokenize=False, **own)
+        special = False
     ids: list[int] = tokenizer(text, add_special_tokens=special, truncation=True)["input_ids"]
     return ids

@@ -79,5 +79,5 @@ def judge_of(source: str, number: int, job: "Job", actor: Actor, chat: Chat) -> 
     file, _, name = source.rpartition(":")
     if file.endswith(".py"):
         function = function_of(file, name, key="method.reward", signature=SIGNATURE)
-        return lambda answers: function(answers.prompts, answers.responses, answers.data)
+        return lambda answers: function(answers.prompts, answers.responses, [given.values for given in answers.data])
     return judge.judge_of(source, f"judge_{number}", job, actor, chat)

@@ -139,6 +139,10 @@ class Method(Spec):
         """(key, evidence, error | warning) of the method's own settings that do not fit how a step is made."""
         yield from ()
 
+    def asks(self, row: Mapping[str, Any], shape: str) -> tuple[Mapping[str, Any], str]:
+        """The row, and its shape, whose last answer an evaluation asks for."""
+        return row, shape
+
     def marked(self, row: Row) -> Row:
         """A row once it has its length: where its loss is read."""
         return row

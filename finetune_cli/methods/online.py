@@ -115,11 +115,14 @@ class Online(Method):
     def encoding(self) -> dict[str, Any]:
         return {"name": "prompts"}
 
+    def asks(self, row: Mapping[str, Any], shape: str) -> tuple[Mapping[str, Any], str]:
+        """A conversation that ends with a question asks that one."""
+        open_ended = shape == "messages" and row["messages"][-1]["role"] != "assistant"
+        return ({**row, "prompt": row["messages"]}, "prompt") if open_ended else (row, shape)
+
     def encode(self, row: Mapping[str, Any], shape: str, render: Render) -> Iterator[Row]:
         """The prompt alone; an answer that the data has is not trained on."""
-        open_ended = shape == "messages" and row["messages"][-1]["role"] != "assistant"
-        said, kind = ({**row, "prompt": row["messages"]}, "prompt") if open_ended else (row, shape)
-        prompt = render.prompt(said, kind)
+        prompt = render.prompt(*self.asks(row, shape))
         if prompt is None or not prompt.ids:
             raise DataError("the row asks nothing: it has no turn of the assistant that something comes before")
         yield Row(prompt.ids, ())

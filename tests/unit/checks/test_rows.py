@@ -44,6 +44,9 @@ def test_ft002_rows_longer_than_max_length(of):
     (problem,) = of("FT002", "overlength=truncate", rows=rows)
     assert problem.severity == "warning"
     assert "1 row cut at 128 tokens (data.overlength: truncate)" in problem.message
+    too_long = {"messages": said("one " * 200, "two")}
+    (problem,) = of("FT002", "overlength=truncate", "max_dropped_fraction=0.5", rows=[*rows, too_long])
+    assert "of 32 rows 1 row dropped and 1 row cut" in problem.message
     (problem,) = of("FT002", "overlength=error", rows=rows)
     assert (problem.severity, problem.line) == ("error", 31)
 

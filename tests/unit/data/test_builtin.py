@@ -115,6 +115,15 @@ def test_cache_folder_order(monkeypatch):
     assert builtin.cache_root() == Path("/home/ada/own")
 
 
+def test_an_older_conversion_is_made_again(tiny, target, tmp_path, monkeypatch):
+    calls, said = serve(monkeypatch, tmp_path / "index"), []
+    builtin.resolve("tiny", announce=lambda line: None)
+    monkeypatch.setattr(builtin, "CONVERSION", builtin.CONVERSION + 1)
+    assert builtin.resolve("tiny", announce=said.append) == target
+    assert len(calls) == len(said) == 2
+    assert builtin.resolve("tiny", announce=pytest.fail) == target
+
+
 def test_given_folder_already_converted_is_used_as_is(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_BUILTIN_DIR", str(tmp_path / "given"))
     (tmp_path / "given" / "tiny").mkdir(parents=True)

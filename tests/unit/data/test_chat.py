@@ -291,3 +291,25 @@ def test_a_template_that_shows_python_lists_gets_text():
     chat = bound("chatml")
     assert trained(chat, talk) == [["b<|im_end|>"]]
     assert "content as text" in notes_of(chat, talk)["message_form"]
+
+
+def test_rows_with_tools_are_for_the_template_that_is_named_for_them():
+    tokenizer = tiny_tokenizer()
+    add = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    plain, shown = said("one", "two"), "{{ '<|im_start|>tools ' + tools[0].function.name + '<|im_end|>\n' }}" + CHATML
+    for named, wanted in (({"default": CHATML, "tool_use": shown}, True), ({"default": CHATML}, False)):
+        tokenizer.chat_template = named
+        chat = Chat.bind(tokenizer)
+        (bare,) = chat.conversation({"messages": plain}, loss_on="assistant")
+        (row,) = chat.conversation({"messages": plain, "tools": add}, loss_on="assistant")
+        assert ("tools add" in tokenizer.decode(row.branches[0].ids)) is wanted
+        assert "tools add" not in tokenizer.decode(bare.branches[0].ids)
+        assert trained_texts(tokenizer, row) == trained_texts(tokenizer, bare) == ["two<|im_end|>"]
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": shown}
+    with pytest.raises(DataError, match="the chat templates rag, tool_use and none is the default"):
+        Chat.bind(tokenizer)
+
+
+def test_the_prompt_is_that_of_the_last_turn_that_is_trained():
+    row = {"messages": [*said("one", "two", "three"), {"role": "assistant", "content": "x", "trainable": False}]}
+    assert bound("chatml").prompt(row, "messages").answer == "two"

@@ -111,3 +111,31 @@ def test_held_out_rows_are_counted_for_themselves(rows_of, tmp_path):
     assert (held["read"], held["kept"], held["truncated"]) == (2, 2, 2)
     assert (train["rows"], held["rows"], held["lengths"]["max"]) == (24, 2, 40)
     assert held["targets"]["trained"] == sum(row.targets for row in found.evals[""][0].rows) > 0
+
+
+def test_a_conversation_that_ends_with_a_question_asks_that_one(rows_of):
+    """Where a method draws its own answers; one that trains the answers of the data asks for the last of those."""
+    rows = [{"messages": said("one", "two", "three")}, {"messages": said("four")}]
+    two = {"eval": {"sample_prompts": 2}}
+    prompts = rows_of(rows=rows, method={"name": "ppo", "reward": "x.py:f"}, **two)[0].train_prompts
+    assert [(prompt.text, prompt.answer) for prompt in prompts] == [("three", ""), ("four", "")]
+    assert [prompt.text for prompt in rows_of(rows=rows[:1])[0].train_prompts] == ["one"]
+
+
+def test_prompts_that_cannot_be_asked_are_left_out(rows_of):
+    """A template that loses what stands beside tool calls, and texts of which nothing is shared."""
+    call = {"role": "assistant", "content": "so", "tool_calls": [{"name": "f", "arguments": {}}], "trainable": False}
+    rows = [{"messages": [*said("one", "two"), *said("three"), call]}, {"messages": said("four", "five")}]
+    template = CHATML.replace("{{ m.content }}", "{{ m.content if not m.tool_calls else 'call' }}")
+    assert template != CHATML
+    found, _ = rows_of(rows=rows, template=template, eval={"sample_prompts": 2})
+    assert [prompt.text for prompt in found.train_prompts] == ["one", "four"]
+    pairs = [{"chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(4)]
+    assert rows_of(rows=pairs, method="dpo")[0].train_prompts == []
+
+
+def test_a_metric_of_answers_needs_prompts(rows_of):
+    rows = [{"text": f"number {n}"} for n in range(10)]
+    with pytest.raises(DataError, match="exact_match is of answers, and no evaluation row asks anything"):
+        rows_of(rows=rows, data={"eval_split": 0.2}, eval={"metric": "exact_match"})
+    assert rows_of(rows=rows, data={"eval_split": 0.2})[0].evals[""][1] == []

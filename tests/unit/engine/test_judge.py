@@ -9,9 +9,13 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from finetune_cli.data.rows import raws_of
+from finetune_cli.engine.judge import Answers, closed, text_for
 from finetune_cli.engine.loop import train
 from finetune_cli.engine.update import Sums
 from finetune_cli.errors import ModelError
+from finetune_cli.recipe.load import load
+from finetune_cli.types import Branch, Row
 from tests.helpers import questions, said, tiny_tokenizer, write_recipe, write_rows
 
 
@@ -154,3 +158,34 @@ def test_a_model_with_two_labels_is_no_reward(ppo, job_of, tmp_path):
     with pytest.raises(ModelError) as caught:
         job_of(ppo(bert(tmp_path / "bert", labels=2)))
     assert "gives 2 scores" in str(caught.value)
+
+
+TURN = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nsaid<|im_end|>\n"
+ASKED_ROWS = {
+    "conversations": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "instruction": {"instruction": "q", "output": "a"},
+    "messages": {"messages": said("q", "a")},
+    "one message": {"prompt": said("q")[0]},
+    "prompt and completion": {"prompt": said("q"), "completion": said("a", first="assistant")},
+}
+
+
+@pytest.mark.parametrize("form", ASKED_ROWS)
+def test_a_model_of_other_words_reads_question_and_answer(form, recipe_of):
+    """Whatever the columns are called, as its own template writes them."""
+    system = {"system": "Be brief."} if form in ("conversations", "instruction", "messages") else {}
+    recipe = load(recipe_of(rows=[{**ASKED_ROWS[form], **system}], method={"name": "ppo", "reward": "x.py:f"})).recipe
+    (given,) = raws_of(recipe, recipe.data.train).values()
+    assert given.values == {**ASKED_ROWS[form], **system}
+    tokenizer = tiny_tokenizer()
+    text = tokenizer.decode(text_for(tokenizer, "unused", "said", given.row))
+    assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n" if system else "") + TURN
+
+
+def test_a_model_of_other_words_reads_plain_text_as_it_is(recipe_of):
+    recipe = load(recipe_of(rows=[{"query": "Why? "}], method={"name": "ppo", "reward": "x.py:f"})).recipe
+    (given,) = raws_of(recipe, recipe.data.train).values()
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.decode(text_for(tokenizer, "unused", "Because.", given.row)) == "Why? Because."
+    row = Row([5], (Branch([6, 7], [True, True]),))
+    assert closed(Answers([row], ["Why? "], ["Because."], [given]), [8], {7}) == [row]
