@@ -14,7 +14,7 @@ def play(recipe: Path, resume: Path | None = None) -> list[dict[str, Any]]:
     """The events of a whole run in this process."""
     from finetune_cli import commands
     from finetune_cli.data.rows import load_rows
-    from finetune_cli.engine import loop, prepare, shard
+    from finetune_cli.engine import loop, prepare
 
     plan, _, _ = commands.planned(recipe, ())
     plan.run.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ def play(recipe: Path, resume: Path | None = None) -> list[dict[str, Any]]:
     job, progress = prepare.build(
         plan, words, load_rows(plan.recipe, words.chat), lambda event: events.append(event), resume=resume
     )
-    pieces = sum(shard.is_piece(p) for p in job.policy.parameters())
+    pieces = sum(job.pieces.is_piece(p) for p in job.policy.parameters())
     events.append(
         {"event": "made", "as": type(job.policy).__name__, "pieces": pieces, "weights": len([*job.policy.parameters()])}
     )
