@@ -1,10 +1,11 @@
 """Several recipes, one after the other, in the processes of one launcher: starting processes is what costs time.
 
 `python -m finetune_cli.engine.launcher ... -m tests.several RECIPE[=CHECKPOINT] ...`; the first process leaves the
-events of each run beside its recipe.
+events of each run beside its recipe. CHUNK_LOGITS in the environment makes the head's chunks small.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,10 @@ def play(recipe: Path, resume: Path | None = None) -> list[dict[str, Any]]:
 
 def main() -> None:
     from finetune_cli import log
+    from finetune_cli.engine import score
 
     log.quiet_libraries()
+    score.CHUNK_LOGITS["cpu"] = int(os.environ.get("CHUNK_LOGITS", score.CHUNK_LOGITS["cpu"]))
     for argument in sys.argv[1:]:
         recipe, _, resume = argument.partition("=")
         events = play(Path(recipe), Path(resume) if resume else None)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class Pieces(Protocol):
-    """What a module that lays weights out can do: `shard` (PyTorch's FSDP2; whole weights are one piece).
-    Whatever gathers is collective."""
+    """What a module that lays weights out can do: `shard` (PyTorch's FSDP2; whole weights are one piece), `zero`
+    (DeepSpeed's ZeRO-3). Whatever gathers is collective."""
 
     def spread(self, role: Backbone, plan: Plan, accelerator: Any) -> tuple[Any, Any]:
         """(the role with its weights in pieces, the optimiser of what is trained)"""
@@ -51,8 +51,12 @@ class Pieces(Protocol):
         """Take up a whole state."""
 
 
-def of(_: Plan, __: int) -> Pieces:
+def of(plan: Plan, world: int) -> Pieces:
     """The module that lays out the weights of a run."""
+    if plan.resolved.strategy == "deepspeed-zero3" and world > 1:
+        from finetune_cli.engine import zero
+
+        return zero
     return shard
 
 

@@ -1,6 +1,7 @@
 """From a plan to a job: tokens first, then processes, then weights."""
 
 import ctypes
+import os
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -71,6 +72,7 @@ def accelerator(plan: Plan) -> Any:
 
     if plan.machine.device == "cpu":
         keep_freed_memory()
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for others, and says so among our results
     precision = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}[plan.resolved.precision]
     patient = InitProcessGroupKwargs(timeout=PATIENCE)
     return Accelerator(mixed_precision=precision, cpu=plan.machine.device == "cpu", kwargs_handlers=[patient])
