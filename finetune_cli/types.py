@@ -7,7 +7,7 @@ D hidden size. A name ends in its shape: `logps_N` has one number for each super
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,8 +84,7 @@ class Counts:
         return Counts(self.rows + other.rows, self.tokens + other.tokens, named)
 
 
-@dataclass(slots=True)
-class Scores:
+class Scores(NamedTuple):
     """What a role says about a batch, at its supervised positions only."""
 
     logps_N: "Tensor"
@@ -100,8 +99,7 @@ class Scores:
     """log sum_v p_v^2: how likely two draws agree; only where the method weighs by it."""
 
 
-@dataclass(slots=True)
-class Rewards:
+class Rewards(NamedTuple):
     """What a reward model says about a batch."""
 
     reward_RK: "Tensor"

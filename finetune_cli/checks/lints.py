@@ -27,11 +27,6 @@ REFUSED_OPTIMISERS = {
     "adamw_torch_npu": "it needs an NPU",
 }
 
-NOT_YET: dict[str, tuple[object, ...]] = {
-    "launch.strategy": ("auto", "ddp", "fsdp2"),
-}
-"""Keys of the contract that this version does not act on yet, and the values it can honour."""
-
 TRACKERS = {
     "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "comet_ml": "comet_ml", "aim": "aim",
     "clearml": "clearml", "dvclive": "dvclive", "swanlab": "swanlab", "trackio": "trackio",
@@ -44,17 +39,6 @@ NO_EVAL_ROWS = ": there are neither data.eval_sets nor data.eval_split"
 NAME_ROWS = "name rows in data.eval_sets, or hold some out with data.eval_split"
 
 FEWEST_STEPS = 20
-
-
-def not_yet(seen: Seen) -> Iterator[Found]:
-    dump = seen.recipe.model_dump()
-    for key, honoured in NOT_YET.items():
-        value = dump
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None  # type: ignore[assignment]
-        if value not in honoured and value is not None:
-            can = ", ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in honoured if v is not None)
-            yield Found(key, "this version cannot do that yet", f"use {can}" if can else "remove it")
 
 
 def machines(seen: Seen) -> Iterator[Found]:

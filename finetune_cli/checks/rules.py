@@ -1,4 +1,4 @@
-"""Every rule by its number: what ruins fine-tunes without a word (FT001 to FT033), and further lints from FT101 on.
+"""Every rule by its number: what ruins fine-tunes without a word (FT001 to FT033), and further lints from FT102 on.
 
 Issue numbers are of the public trackers where people lost runs to it; LF is LLaMA-Factory.
 """
@@ -343,14 +343,6 @@ RULES: tuple[Rule, ...] = (
         rows=rows.run_length,
     ),
     Rule(
-        "FT101",
-        "not in this version",
-        "error",
-        "The key is part of the recipe's contract, and this version does not act on it yet.",
-        "remove it",
-        lint=lints.not_yet,
-    ),
-    Rule(
         "FT102",
         "an optimiser that is not known or does not fit the loop",
         "error",
@@ -453,7 +445,8 @@ RULES: tuple[Rule, ...] = (
         "FT114",
         "what cannot be spread over processes",
         "error",
-        "launch.strategy: fsdp2 keeps a piece of each weight in each process; some settings need whole ones.",
+        "launch.strategy: fsdp2 and deepspeed-zero3 keep a piece of each weight in each process; some settings need "
+        "whole ones, some were not tried.",
         "use launch.strategy: ddp",
         lint=spread.sharding,
     ),

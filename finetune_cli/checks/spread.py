@@ -3,29 +3,38 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 
 from finetune_cli.checks.rule import Found, Seen
+from finetune_cli.plan.footprint import named
 from finetune_cli.plan.memory import CONTEXT_GIB, LOST, estimate, setup
 from finetune_cli.plan.resolve import Plan
+from finetune_cli.recipe.sections import Recipe
 
 BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimisers that change each weight by its own numbers alone, so that a piece of a tensor is as good as the whole."""
+UNDER_ZERO = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
 def sharding(seen: Seen) -> Iterator[Found]:
-    """Settings that launch.strategy: fsdp2 cannot honour, with the reason."""
+    """Settings that weights in pieces cannot honour, with the reason."""
     recipe, resolved = seen.recipe, seen.plan.resolved
-    if resolved.strategy != "fsdp2":
+    if resolved.strategy == "ddp":
         return
+    if resolved.strategy == "deepspeed-zero3":
+        yield from of_zero(recipe)
     if recipe.quantization is not None:
         said = "quantised weights are packed with constants of the whole tensor, which pieces do not have"
         yield Found("quantization", said, "use launch.strategy: ddp, which holds them whole, or take quantization out")
     if recipe.method.online:
         said = f"{recipe.method.name} switches roles on one copy of the weights and draws answers between its steps"
         yield Found("launch.strategy", said, "use ddp")
-    if recipe.train.optim not in BY_ELEMENT:
+    optimisers = BY_ELEMENT if resolved.strategy == "fsdp2" else UNDER_ZERO
+    if recipe.train.optim not in optimisers:
         said = f"{recipe.train.optim} needs whole tensors, or kernels that do not know pieces"
-        yield Found("train.optim", said, f"use one of {', '.join(BY_ELEMENT)}")
+        if recipe.train.optim in BY_ELEMENT:
+            said = f"{recipe.train.optim} was not tried under DeepSpeed, which makes some optimisers anew"
+        yield Found("train.optim", said, f"use one of {', '.join(optimisers)}")
     if recipe.train.per_device_train_batch_size == "auto":
         said = "the search for what fits tries sizes in each process by itself, and pieces are computed together"
         yield Found("train.per_device_train_batch_size", said, "give a number, or use launch.strategy: ddp")
@@ -40,6 +49,19 @@ def sharding(seen: Seen) -> Iterator[Found]:
     if reference is not None and reference.sync_steps is not None:
         said = "a reference that follows the policy is saved whole, and lies in pieces"
         yield Found("method.sync_ref_model", said, "use launch.strategy: ddp")
+
+
+def of_zero(recipe: Recipe) -> Iterator[Found]:
+    """What DeepSpeed cannot honour, beside what no pieces can."""
+    if find_spec("deepspeed") is None:
+        remedy = 'pip install "finetune-recipes[deepspeed]", or use fsdp2'
+        yield Found("launch.strategy", "DeepSpeed is not installed", remedy)
+    if recipe.lora is not None and recipe.lora.modules_to_save:
+        said = "modules that are trained whole beside adapters were not tried under DeepSpeed"
+        yield Found("lora.modules_to_save", said, "use launch.strategy: fsdp2")
+    if recipe.lora is not None and named(recipe.lora.target_modules, "lm_head"):
+        said = "an adapted head is called once a chunk, and DeepSpeed wants as many calls from every process"
+        yield Found("lora.target_modules", said, "use launch.strategy: fsdp2")
 
 
 def by_memory(seen: Seen) -> Plan:
@@ -66,7 +88,7 @@ def by_memory(seen: Seen) -> Plan:
 
 OF_ACCELERATE = {
     "ACCELERATE_USE_FSDP": ("FSDP", "launch.strategy: fsdp2"),
-    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "launch.strategy: fsdp2"),
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "launch.strategy: deepspeed-zero3"),
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "launch.strategy: fsdp2"),
     "ACCELERATE_DYNAMO_BACKEND": ("torch.compile", "nothing in its place"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient accumulation", "train.global_batch_size"),

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from finetune_cli.data.batches import Batch, Schedule, padded, silent, tree
 from finetune_cli.data.encode import Encoded
-from finetune_cli.engine import checkpoint, manifest, shard
+from finetune_cli.engine import checkpoint, manifest
 from finetune_cli.engine.actor import POLICY
 from finetune_cli.engine.events import Sink
 from finetune_cli.engine.experience import Experience
 from finetune_cli.engine.hub import Pusher
 from finetune_cli.engine.manifest import PREFIX
 from finetune_cli.engine.metrics import Metric
+from finetune_cli.engine.pieces import Pieces, model_state
 from finetune_cli.engine.reference import Reference
 from finetune_cli.engine.signals import CAUGHT, Stop
 from finetune_cli.methods import Method
@@ -51,6 +52,7 @@ class Job:
     tokenizer: Any
     policy: nn.Module
     """The wrapped Role."""
+    pieces: Pieces
     optimizer: Any
     scheduler: Any
     data: Encoded
@@ -114,11 +116,11 @@ class Job:
     @property
     def sharded(self) -> bool:
         """Whether every process holds a piece of each weight, so that all of them compute the same modules in step."""
-        return self.plan.resolved.strategy == "fsdp2" and self.world > 1
+        return self.plan.resolved.strategy != "ddp" and self.world > 1
 
     def gathered(self) -> AbstractContextManager[None]:
         """A time in which processes need not compute in step. Collective."""
-        return shard.gathered(self.policy) if self.sharded else nullcontext()
+        return self.pieces.gathered(self.policy) if self.sharded else nullcontext()
 
     @property
     def generator(self) -> Any:
@@ -151,10 +153,12 @@ class Job:
         return self.world if self.experience is None else 1
 
     def synchronised(self, *, last: bool) -> AbstractContextManager[None]:
-        """DDP adds gradients up in the last backward of a window. Roles that take turns are not wrapped by it: a
-        backward leaves the weights of the others without a gradient, which it would wait for."""
+        """DDP adds gradients up in the last backward of a window; pieces are added up in each. Roles that take turns
+        are not wrapped: a backward leaves the weights of the others without a gradient, which DDP would wait for."""
+        if last or self.sharded or self.experience is not None:
+            return nullcontext()
         quiet: AbstractContextManager[None] = self.accelerator.no_sync(self.policy)
-        return nullcontext() if last or self.experience is not None else quiet
+        return quiet
 
     def sum_gradients(self) -> None:
         """What DDP would do, for roles that take turns. Collective."""
@@ -232,11 +236,11 @@ class Job:
         folder = self.plan.run / f"{PREFIX}{progress.step}"
         rngs, pending = self.gather(checkpoint.rng_state()), self.gather(progress.sums.own())
         first = self.accelerator.is_main_process
-        weights = shard.model_state(self.generator, keep=first) if self.sharded else None
+        weights = model_state(self.pieces, self.generator, keep=first) if self.sharded else None
         if first:
             checkpoint.begin(folder)
-        pieces = self.write_pieces(checkpoint.beside(folder)) if self.sharded else ()
-        optimizer = shard.gathered_state(self.optimizer.state_dict(), keep=first, skip=pieces)
+        apart = self.write_pieces(checkpoint.beside(folder)) if self.sharded else ()
+        optimizer = self.pieces.optimizer_state(self.policy, self.optimizer, keep=first, skip=apart)
         if first:
             training = {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
             training |= {f"rng_{rank}": rng for rank, rng in enumerate(rngs)}
@@ -270,9 +274,9 @@ class Job:
         """Each process writes what it holds of the optimiser's state; the names of what is written. Nothing, where the
         machines share no folder. Collective."""
         self.accelerator.wait_for_everyone()  # the first has made the folder
-        if not all(self.gather(folder.is_dir())):
+        pieces = self.pieces.own_pieces(self.optimizer)
+        if not pieces or not all(self.gather(folder.is_dir())):
             return ()
-        pieces = shard.own_pieces(self.optimizer)
         checkpoint.save_state(pieces, folder / f"optimizer_{self.rank}.pt")
         self.accelerator.wait_for_everyone()
         return pieces

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_cli.data.batches import counts_of, silent
-from finetune_cli.engine import memory, shard, watch
+from finetune_cli.engine import memory, watch
 from finetune_cli.engine.evaluate import evaluate
 from finetune_cli.engine.health import Health
 from finetune_cli.engine.job import Job
@@ -113,14 +113,7 @@ def apply(job: Job, update: Update, *, measure: bool) -> tuple[float, bool]:
                 job.accelerator.backward(loss.total * job.shares)
                 update.found.add(loss.metrics)
     job.sum_gradients()
-    limit = job.recipe.train.max_grad_norm or math.inf
-    norm = float(shard.whole(job.accelerator.clip_grad_norm_(job.trained, limit)))
-    stepped = math.isfinite(norm) or job.plan.resolved.precision == "fp16"  # the fp16 scaler skips such steps by itself
-    if stepped:
-        job.optimizer.step()
-        stepped = not job.accelerator.optimizer_step_was_skipped
-    job.optimizer.zero_grad()
-    return norm, stepped
+    return job.pieces.step(job)
 
 
 def train(job: Job, progress: Progress) -> Progress:

@@ -98,8 +98,8 @@ def check_disk(job: "Job") -> None:
 
 def checkpoint_size(job: "Job") -> tuple[int, int]:
     """(bytes of a checkpoint, of the model in it)."""
-    trained = sum(p.numel() for p in job.trained)
+    trained = sum(map(job.pieces.numel, job.trained))
     every: Any = job.generator.parameters()
     adapted = hasattr(job.generator, "peft_config")
-    model = 4 * trained if adapted else sum(p.numel() * p.element_size() for p in every)
+    model = 4 * trained if adapted else sum(job.pieces.numel(p) * p.element_size() for p in every)
     return model + MOMENTS * trained, model

@@ -1,6 +1,7 @@
 """From a plan to a job: tokens first, then processes, then weights."""
 
 import ctypes
+import os
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -24,14 +25,15 @@ from finetune_cli.engine import (
     metrics,
     models,
     optim,
+    pieces,
     reference,
-    shard,
 )
 from finetune_cli.engine.actor import Actor
 from finetune_cli.engine.events import Sink
 from finetune_cli.engine.job import EvalSet, Job
 from finetune_cli.engine.loop import Progress, total_steps
 from finetune_cli.engine.lora import sizes
+from finetune_cli.engine.pieces import Pieces
 from finetune_cli.engine.role import Backbone, role_of
 from finetune_cli.engine.signals import Stop
 from finetune_cli.errors import MachineError, ModelError, RecipeError
@@ -70,6 +72,7 @@ def accelerator(plan: Plan) -> Any:
 
     if plan.machine.device == "cpu":
         keep_freed_memory()
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for others, and says so among our results
     precision = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}[plan.resolved.precision]
     patient = InitProcessGroupKwargs(timeout=PATIENCE)
     return Accelerator(mixed_precision=precision, cpu=plan.machine.device == "cpu", kwargs_handlers=[patient])
@@ -127,7 +130,8 @@ def build(
     role = role_for(plan, location, model)
     padded_because = layout.choose(role.stock, recipe.model)
     trained, every = sizes(role)
-    policy, optimizer = distributed(role, plan, acc)
+    laid = pieces.of(plan, acc.num_processes)
+    policy, optimizer = distributed(role, plan, acc, laid)
     rows = sets.train
     units = make_units(rows.rows, recipe, padded_because)
     schedule = schedule_of(plan, units)
@@ -138,6 +142,7 @@ def build(
         accelerator=acc,
         tokenizer=words.tokenizer,
         policy=policy,
+        pieces=laid,
         optimizer=optimizer,
         scheduler=optim.schedule(optimizer, recipe.train, total),
         data=rows,
@@ -168,15 +173,15 @@ def build(
     return job, Progress() if resume is None else restore(job, resume)
 
 
-def distributed(role: Backbone, plan: Plan, acc: Any) -> tuple[Any, Any]:
+def distributed(role: Backbone, plan: Plan, acc: Any, laid: Pieces) -> tuple[Any, Any]:
     """(the role as all processes compute it, the optimiser of what is trained)"""
-    train, rate = plan.recipe.train, plan.resolved.learning_rate
-    if plan.resolved.strategy == "fsdp2" and acc.num_processes > 1:
-        policy = shard.spread(role, acc)
-        return policy, acc.prepare_optimizer(optim.build(policy, train, rate))
-    if plan.resolved.strategy == "fsdp2":
-        LOGGER.warning("launch.strategy: fsdp2 has nothing to do in one process, which holds everything")
-    prepared: tuple[Any, Any] = acc.prepare(role, optim.build(role, train, rate))
+    if plan.resolved.strategy != "ddp" and acc.num_processes > 1:
+        return laid.spread(role, plan, acc)
+    if plan.resolved.strategy != "ddp":
+        said = "launch.strategy: %s has nothing to do in one process, which holds everything"
+        LOGGER.warning(said, plan.resolved.strategy)
+    optimizer = optim.build(role, plan.recipe.train, plan.resolved.learning_rate)
+    prepared: tuple[Any, Any] = acc.prepare(role, optimizer)
     return prepared
 
 
@@ -275,7 +280,7 @@ def seat(
     """Optimiser and schedule as they were saved; under a changed recipe with its own settings, at the same step."""
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
     if not any(c.key == "train.optim" for c in changed):
-        job.optimizer.load_state_dict(shard.placed_state(training["optimizer"], job.optimizer, pieces))
+        job.pieces.load_optimizer(job.policy, job.optimizer, training["optimizer"], pieces)
     if not (changed or stretched):
         job.scheduler.load_state_dict(training["scheduler"])
         return

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from finetune_cli.data.batches import Batch
 from finetune_cli.engine import layout, models, shard
 from finetune_cli.engine.evaluate import chunks
+from finetune_cli.engine.pieces import Pieces
 from finetune_cli.engine.reference_cache import Store, Values, row_key, weights_key
 from finetune_cli.engine.role import Backbone, Role
 from finetune_cli.errors import TrainError
@@ -41,22 +42,21 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def switched(trained: Sequence[nn.Parameter], copies: Sequence[Tensor]) -> Iterator[None]:
+def switched(pieces: Pieces, trained: Sequence[nn.Parameter], copies: Sequence[Tensor]) -> Iterator[None]:
     """Frozen copies in the place of what is trained; autograd and the optimiser never see them. Of weights in pieces
     it is the content that is exchanged: layers are gathered from the memory that they were cut into."""
-    pieces = [shard.is_piece(p) for p in trained]
-    own = [shard.own_piece(p).clone() if cut else p.data for p, cut in zip(trained, pieces, strict=True)]
+    own = [pieces.own_piece(p).clone() if pieces.is_piece(p) else p.data for p in trained]
     try:
-        put(trained, copies)
+        put(pieces, trained, copies)
         yield
     finally:
-        put(trained, own)
+        put(pieces, trained, own)
 
 
-def put(params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+def put(pieces: Pieces, params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
     for p, value in zip(params, values, strict=True):
-        if shard.is_piece(p):
-            shard.own_piece(p).copy_(value)
+        if pieces.is_piece(p):
+            pieces.own_piece(p).copy_(value)
         else:
             p.data = value
 
@@ -73,6 +73,7 @@ class Reference:
     copies: list[Tensor] = field(default_factory=list)
     sync_steps: int | None = None
     sync_alpha: float = 1.0
+    pieces: Pieces = shard
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Scores:
@@ -91,22 +92,24 @@ class Reference:
         """Where a move is due: reference = alpha policy + (1 - alpha) reference (TR-DPO, arXiv 2404.09656, eq. 5)."""
         if self.sync_steps is not None and step % self.sync_steps == 0:
             for p, copy in zip(self.trained, self.copies, strict=True):
-                copy.lerp_(shard.own_piece(p), self.sync_alpha)
+                copy.lerp_(self.pieces.own_piece(p), self.sync_alpha)
 
 
-def of_policy(role: Backbone, model: Any, wanted: Wanted) -> Reference:
+def of_policy(role: Backbone, model: Any, wanted: Wanted, pieces: Pieces) -> Reference:
     """The policy's own weights as they are at its start."""
     if wanted.kind == "adapter off":
         return Reference(role, lambda: adapter_off(model))
     if wanted.precompute:
         return Reference(role)
     trained = role.own()
-    return copied(role, trained, [shard.own_piece(p).clone() for p in trained], wanted)
+    return copied(role, trained, [pieces.own_piece(p).clone() for p in trained], wanted, pieces)
 
 
-def copied(role: nn.Module, trained: list[nn.Parameter], copies: list[Tensor], wanted: Wanted) -> Reference:
-    moves: Any = {"sync_steps": wanted.sync_steps, "sync_alpha": wanted.sync_alpha}
-    return Reference(role, lambda: switched(trained, copies), trained=trained, copies=copies, **moves)
+def copied(
+    role: nn.Module, trained: list[nn.Parameter], copies: list[Tensor], wanted: Wanted, pieces: Pieces
+) -> Reference:
+    moves: Any = {"sync_steps": wanted.sync_steps, "sync_alpha": wanted.sync_alpha, "pieces": pieces}
+    return Reference(role, lambda: switched(pieces, trained, copies), trained=trained, copies=copies, **moves)
 
 
 def of_start(job: "Job", role: Backbone, location: models.Location, wanted: Wanted) -> Reference:
@@ -115,8 +118,8 @@ def of_start(job: "Job", role: Backbone, location: models.Location, wanted: Want
     if wanted.precompute:
         return beside(job, model)
     own, start = role.own(), [p.detach().to(job.device) for p in model.parameters() if p.requires_grad]
-    copies = [shard.own_piece(shard.as_placed(one, p)) for one, p in zip(start, own, strict=True)]
-    return copied(role, own, copies, wanted)
+    copies = [job.pieces.piece_of(one, p) for one, p in zip(start, own, strict=True)]
+    return copied(role, own, copies, wanted, job.pieces)
 
 
 def of_another(job: "Job", name: str) -> Reference:
@@ -164,7 +167,7 @@ def attach(job: "Job", location: models.Location, *, resumed: bool) -> None:
     elif resumed and wanted.kind == "start":
         reference = of_start(job, role, location, wanted)
     else:
-        reference = of_policy(role, role.model, wanted)
+        reference = of_policy(role, role.model, wanted, job.pieces)
     counts: dict[str, Any] = {}
     if wanted.precompute:
         with job.gathered():  # which rows are known already may differ

@@ -34,8 +34,9 @@ class Head:
         return max(int(p.shape[0]) for p in self.layer.parameters())  # an adapter's own are narrower
 
     def logits(self, h_ND: Tensor) -> Tensor:
-        """[N, D] -> [N, V], float32."""
-        z_NV: Tensor = self.layer(h_ND).float()
+        """[N, D] -> [N, V], float32. Past the layer's hooks: chunks are many or few in each process, and DeepSpeed's
+        wait for one another at every call."""
+        z_NV: Tensor = self.layer.forward(h_ND).float()
         if self.scale != 1.0:
             z_NV = z_NV * self.scale
         return z_NV if self.softcap is None else torch.tanh(z_NV / self.softcap) * self.softcap

@@ -9,16 +9,22 @@ Precision is that of one process: autocast over float32 weights that are trained
 the same numbers come of both, to rounding.
 """
 
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from finetune_cli.engine import optim
 from finetune_cli.engine.role import Backbone
 from finetune_cli.errors import ModelError
+from finetune_cli.plan.resolve import Plan
+
+if TYPE_CHECKING:
+    from finetune_cli.engine.job import Job
 
 
 def decoder_layers(stock: Any) -> list[nn.Module]:
@@ -27,12 +33,12 @@ def decoder_layers(stock: Any) -> list[nn.Module]:
     layers = [module for module in stock.modules() if type(module).__name__ in names]
     if not layers:
         hint = "Use launch.strategy: ddp, or a decoder of another family."
-        raise ModelError(f"{type(stock).__name__} does not say what its layers are, which fsdp2 goes by", hint)
+        raise ModelError(f"{type(stock).__name__} does not say what its layers are, which its weights are cut by", hint)
     return layers
 
 
-def spread(role: Backbone, accelerator: Any) -> nn.Module:
-    """The role with its weights in pieces, on the device of this process; the optimiser is made afterwards.
+def spread(role: Backbone, plan: Plan, accelerator: Any) -> tuple[Any, Any]:
+    """(the role with its weights in pieces, on the device of this process; the optimiser, which is made afterwards)
 
     accelerate would wrap it in DDP on a CPU, without a word; here it gives autocast alone.
     """
@@ -46,12 +52,22 @@ def spread(role: Backbone, accelerator: Any) -> nn.Module:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(wrapped, mesh=mesh, reshard_after_forward=True)
     wrapped._get_fsdp_state()._lazy_init()  # else a layer that is called first, to generate, believes that it is all
-    return wrapped  # type: ignore[no-any-return]
+    return wrapped, accelerator.prepare_optimizer(optim.build(wrapped, plan.recipe.train, plan.resolved.learning_rate))
+
+
+def step(job: "Job") -> tuple[float, bool]:
+    limit = job.recipe.train.max_grad_norm or math.inf
+    norm = float(whole(job.accelerator.clip_grad_norm_(job.trained, limit)))
+    stepped = math.isfinite(norm) or job.plan.resolved.precision == "fp16"  # the fp16 scaler skips such steps by itself
+    if stepped:
+        job.optimizer.step()
+        stepped = not job.accelerator.optimizer_step_was_skipped
+    job.optimizer.zero_grad()
+    return norm, stepped
 
 
 @contextmanager
-def gathered(role: nn.Module) -> Iterator[None]:
-    """All weights whole in every process, which may then compute what and as often as it likes. Collective."""
+def gathered(role: Any) -> Iterator[None]:
     from torch.distributed.fsdp import FSDPModule
 
     parts: list[Any] = [module for module in role.modules() if isinstance(module, FSDPModule)]
@@ -67,7 +83,7 @@ def gathered(role: nn.Module) -> Iterator[None]:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor that may be in pieces, in one. Collective."""
+    value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
@@ -76,7 +92,6 @@ def is_piece(value: Tensor) -> bool:
 
 
 def own_piece(value: Tensor) -> Tensor:
-    """What of a tensor this process holds; the very memory."""
     return value._local_tensor if isinstance(value, DTensor) else value.data
 
 
@@ -88,18 +103,26 @@ def as_placed(full: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(on, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def model_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """Whole weights by name on the CPU, one gathered after the other, for the processes that `keep` them; of a model
-    with adapters what is trained. Collective."""
-    adapted = hasattr(model, "peft_config")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    named = trained if adapted else model.state_dict(keep_vars=True)
-    found: dict[int, Tensor] = {}
-    for p in named.values():
-        if id(p) not in found:  # tied weights stay one tensor
-            one = whole(p.detach())
-            found[id(p)] = one.cpu() if keep else one.new_empty(0)
-    return {name: found[id(p)] for name, p in named.items()} if keep else {}
+def piece_of(full: Tensor, like: Tensor) -> Tensor:
+    return own_piece(as_placed(full, like))
+
+
+def numel(value: Tensor) -> int:
+    return value.numel()
+
+
+@torch.no_grad()
+def norms(values: Sequence[Tensor]) -> list[float]:
+    found = [whole(torch.linalg.vector_norm(value, dtype=torch.float64)) for value in values]
+    return torch.stack(found).tolist() if found else []
+
+
+def optimizer_state(_: Any, optimizer: Any, *, keep: bool, skip: Container[str] = ()) -> Any:
+    return gathered_state(optimizer.state_dict(), keep=keep, skip=skip)
+
+
+def load_optimizer(_: Any, optimizer: Any, state: dict[str, Any], pieces: Sequence[Mapping[str, Tensor]] = ()) -> None:
+    optimizer.load_state_dict(placed_state(state, optimizer, pieces))
 
 
 def gathered_state(state: Mapping[str, Any], *, keep: bool, skip: Container[str] = ()) -> dict[str, Any]:

@@ -5,9 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from finetune_cli.engine import shard
 from finetune_cli.engine.health import MAX_OVERFLOWS, MAX_SKIPPED, Finding
 from finetune_cli.errors import TrainError
 
@@ -90,6 +87,4 @@ class Stillness:
 
 def sizes(job: "Job") -> list[float]:
     """The norm of every trained tensor, in float64: two updates do not cancel in it."""
-    with torch.no_grad():
-        norms = [shard.whole(torch.linalg.vector_norm(p, dtype=torch.float64)) for p in job.trained]
-        return torch.stack(norms).tolist() if norms else []
+    return job.pieces.norms(job.trained)

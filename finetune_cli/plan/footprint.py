@@ -110,6 +110,7 @@ class Setup:
     """Rows, pairs or bins in a forward."""
     tokens: int = 0
     """Whose rows of embedding and head are trained beside adapters."""
+    deepspeed: bool = False
 
     @property
     def full(self) -> bool:
@@ -134,7 +135,7 @@ class Setup:
         return self.adapts(linear) and quiet and not (asked is not None and asked.load_in_8bit)
 
 
-def _named(targets: str | Sequence[str], name: str) -> bool:
+def named(targets: str | Sequence[str], name: str) -> bool:
     if isinstance(targets, str):
         if targets == "all-linear":
             return name != "lm_head"
@@ -171,7 +172,7 @@ def adapter_weights_of(shape: Shape, lora: Lora) -> int:
         for one in shape.linears()
         if adapted(lora, one)
     )
-    head = lora.r * (shape.hidden + shape.vocabulary) if _named(lora.target_modules, "lm_head") else 0
+    head = lora.r * (shape.hidden + shape.vocabulary) if named(lora.target_modules, "lm_head") else 0
     return blocks(shape, lora) * each + head
 
 
@@ -182,8 +183,8 @@ def blocks(shape: Shape, lora: Lora) -> int:
 
 
 def adapted(lora: Lora, linear: Linear) -> bool:
-    excluded = lora.exclude_modules is not None and _named(lora.exclude_modules, linear.name)
-    return _named(lora.target_modules, linear.name) and not excluded
+    excluded = lora.exclude_modules is not None and named(lora.exclude_modules, linear.name)
+    return named(lora.target_modules, linear.name) and not excluded
 
 
 def rank(lora: Lora, linear: Linear) -> int:
@@ -193,8 +194,8 @@ def rank(lora: Lora, linear: Linear) -> int:
 
 
 def head_adapter(s: Setup) -> int:
-    named = s.lora is not None and _named(s.lora.target_modules, "lm_head")
-    return s.lora.r * (s.shape.hidden + s.shape.vocabulary) if named and s.lora else 0
+    wanted = s.lora is not None and named(s.lora.target_modules, "lm_head")
+    return s.lora.r * (s.shape.hidden + s.shape.vocabulary) if wanted and s.lora else 0
 
 
 def trained_weights(s: Setup) -> int:

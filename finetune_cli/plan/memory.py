@@ -34,6 +34,8 @@ from finetune_cli.plan.shape import Shape, config_of, read_json
 from finetune_cli.recipe.sections import Lora, Quantization, Recipe
 from finetune_cli.types import Row
 
+BUCKET = 2**26
+"""Gradients that DeepSpeed sums at once; it holds room for them all the time, by its own choice for 500 million."""
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**26}
 """Of `engine/score.py`."""
 
@@ -109,6 +111,11 @@ def estimate(s: Setup) -> Estimate:
         ("trained weights", WIDE * trained / share, f"{trained:,} in float32"),
         ("gradients", grads, "float32"),
         ("optimiser state", state, s.optim),
+        (
+            "DeepSpeed",
+            WIDE * (trained / share + BUCKET) if s.deepspeed else 0.0,
+            "what is trained again, and its bucket",
+        ),
         ("reference", reference_bytes(s) / share, "a second model" if s.second == "model" else "copies"),
         ("reward models", s.judges, "frozen"),
         ("activations", kept, f"{t:,} tokens" + (", recomputed by layer" if s.checkpointing else "")),
@@ -233,6 +240,7 @@ def setup(
         processes=resolved.num_processes, sharded=resolved.strategy != "ddp", labels=recipe.method.labels(),
         second=second, attention=resolved.attn_implementation, drawn=drawn(plan),
         judges=judges(plan), tokens=learned_tokens(recipe), batch=batch or batch_of(plan),
+        deepspeed=resolved.strategy == "deepspeed-zero3",
     )  # fmt: skip
 
 

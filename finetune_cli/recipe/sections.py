@@ -267,7 +267,8 @@ class Launch(Spec):
     num_processes: Positive | Literal["auto"] = "auto"
     """Processes on this machine; `auto` is one for each GPU, or one."""
     strategy: Literal["auto", "ddp", "fsdp2", "deepspeed-zero3"] = "auto"
-    """How several processes share the work."""
+    """How several processes share the work: with `ddp` each holds all weights, with `fsdp2` and `deepspeed-zero3` (the
+    extra `deepspeed`) a piece of each."""
     num_machines: Positive = 1
     """Machines of the job."""
     machine_rank: Annotated[int, Field(ge=0)] | None = None

@@ -67,7 +67,7 @@ def test_every_command_refuses_a_wrong_recipe_with_all_its_problems(command, rec
         ("method=dpoo", ["method"]),
         ("learning_rate=5", ["train.learning_rate", "FT016", "2e-05 to 0.0005"]),
         ("optim=galore_adamw", ["train.optim", "FT102", "parameter groups"]),
-        ("strategy=deepspeed-zero3", ["launch.strategy", "FT101"]),
+        ("strategy=zero3", ["launch.strategy"]),
         ("output_dir=", ["output_dir"]),
         ("seed=-1", ["seed"]),
     ],

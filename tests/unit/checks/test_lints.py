@@ -61,11 +61,6 @@ def test_ft033_what_does_not_fit_the_run(of, sections, keys):
     assert all(p.severity == "warning" for p in found)
 
 
-def test_what_this_version_cannot_do(of):
-    assert [p.severity for p in of("FT101", "strategy=deepspeed-zero3", fast=True)] == ["error"]
-    assert of("FT101", fast=True) == []
-
-
 def test_ft102_optimisers(of):
     assert of("FT102", "optim=adafactor", fast=True) == []
     assert "did you mean adafactor?" in of("FT102", "optim=adafactr", fast=True)[0].message
@@ -134,7 +129,25 @@ def test_ft114_what_cannot_be_in_pieces(of, option, key):
 
 
 def test_ft114_pieces_themselves_are_fine(of):
-    assert of("FT114", "strategy=fsdp2", fast=True) == of("FT101", "strategy=fsdp2", fast=True) == []
+    assert of("FT114", "strategy=fsdp2", fast=True) == []
+
+
+def test_ft114_deepspeed_is_an_extra(of, monkeypatch):
+    zero = "strategy=deepspeed-zero3"
+    there = {"deepspeed": True}
+    monkeypatch.setattr("finetune_cli.checks.spread.find_spec", lambda name: there[name] or None)
+    assert of("FT114", zero, fast=True) == of("FT114", zero, "optim=sgd", "precision=bf16", fast=True) == []
+    for option, key in (
+        ("optim=adagrad", "train.optim"),
+        ("precision=fp16", "train.precision"),
+        ("quantization={load_in_8bit: true}", "quantization"),
+        ("lora={modules_to_save: [lm_head]}", "lora.modules_to_save"),
+        ("lora={target_modules: [q_proj, lm_head]}", "lora.target_modules"),
+    ):
+        assert [p.key for p in of("FT114", zero, option, fast=True)] == [key]
+    there["deepspeed"] = False
+    (found,) = of("FT114", zero, fast=True)
+    assert 'pip install "finetune-recipes[deepspeed]"' in found.message
 
 
 def test_ft115_machines_know_their_places(of, monkeypatch):

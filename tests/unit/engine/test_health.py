@@ -135,7 +135,7 @@ def spoiled(job_of, recipe, bad):
     def spoil(role, args, out):
         forwards["seen"] += 1
         if (forwards["seen"] + 1) // 2 in bad:
-            out.logps_N = out.logps_N * float("nan")
+            out = out._replace(logps_N=out.logps_N * float("nan"))
         return out
 
     job.policy.register_forward_hook(spoil)

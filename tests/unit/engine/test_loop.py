@@ -189,7 +189,7 @@ def test_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(recipe_of
         seen["forwards"] += 1
         if seen["forwards"] == 2 * bad:
             seen["before"] = weights(job)
-            out.logps_N = out.logps_N * float("nan")
+            out = out._replace(logps_N=out.logps_N * float("nan"))
         return out
 
     job.policy.register_forward_hook(spoil)

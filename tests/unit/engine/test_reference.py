@@ -65,8 +65,7 @@ def test_a_reference_that_is_not_the_start_stops_the_run(pairs_of, job_of, monke
 
     def wrong(self: Reference, batch: Any) -> Any:
         scores = honest(self, batch)
-        scores.logps_N += 1e-4
-        return scores
+        return scores._replace(logps_N=scores.logps_N + 1e-4)
 
     monkeypatch.setattr(Reference, "scores", wrong)
     with pytest.raises(TrainError, match="the reference is not what the policy starts from"):

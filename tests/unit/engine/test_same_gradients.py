@@ -80,11 +80,12 @@ def recipe(folder: Path, model: Path, case: str, *, name: str, launch: dict[str,
     )
 
 
-def play(processes: int, *arguments: str) -> None:
+def play(processes: int, *arguments: str, **environment: str) -> None:
     """Run recipes in that many processes of one launcher."""
     place = ["--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     command = [sys.executable, "-m", "finetune_cli.engine.launcher", *place, "-m", "tests.several", *arguments]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
