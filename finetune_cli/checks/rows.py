@@ -288,6 +288,18 @@ def run_length(seen: SeenRows) -> Iterator[Found]:
         yield from in_steps(seen, max(1, math.ceil(train.num_train_epochs * each)), "train.num_train_epochs")
 
 
+def no_prompts(seen: SeenRows) -> Iterator[Found]:
+    """Evaluation sets without a prompt, of which a metric judges no answer."""
+    if seen.recipe.eval.metric is None or not seen.recipe.method.generates:
+        return
+    silent = [name for name, (_, prompts) in seen.sets.evals.items() if not prompts]
+    if silent:
+        which = ", ".join(f"the evaluation set {name}" if name else "the rows for evaluation" for name in silent)
+        said = f"is never computed on {which}: none of these rows has a prompt to answer"
+        fix = "use rows of messages, or of prompt and completion, or take eval.metric out"
+        yield Found("eval.metric", said, fix, "warning" if len(silent) < len(seen.sets.evals) else "error")
+
+
 def units(seen: SeenRows) -> int:
     """What a batch is counted in: rows, or bins where they are packed."""
     rows, capacity = seen.sets.train.rows, seen.recipe.method.bin_tokens(seen.recipe.data.max_length)

@@ -424,6 +424,7 @@ RULES: tuple[Rule, ...] = (
         "raise train.per_device_train_batch_size, or choose another setting",
         error_when="the setting has no meaning in this run",
         lint=lints.method_misfits,
+        rows=rows.no_prompts,
     ),
     Rule(
         "FT112",

@@ -33,8 +33,8 @@ class RowSets:
     train: Encoded
     train_prompts: list[Prompt]
     evals: dict[str, tuple[Encoded, list[Prompt]]]
-    raws: dict[str, dict[int, Given]] = field(default_factory=dict)
-    """Rows by set ("train" or the name of an evaluation set) and source, where a reward may want to see them."""
+    raws: dict[str | None, dict[int, Given]] = field(default_factory=dict)
+    """Rows by set (None is what is trained on) and source, where a reward may want to see them."""
 
     def summary(self) -> dict[str, Any]:
         """The counts of every set."""
@@ -60,13 +60,8 @@ def load_rows(recipe: Recipe, chat: Chat) -> RowSets:
         if name in evals:
             raise DataError("data.eval_sets and data.eval_split both make the unnamed set", "Keep one of them.")
         evals[name] = found, prompts(recipe, [source], found.rows, chat, number)
-    if asked.metric is not None and method.generates and evals and not any(found for _, found in evals.values()):
-        raise DataError(
-            f"eval.metric: {asked.metric} is of answers, and no evaluation row asks anything",
-            "Take it out, or evaluate on rows of messages, or of prompt and completion.",
-        )
     wanted = [] if evals else train.rows[: asked.sample_prompts if method.generates else 0]
-    raws = {"train": raws_of(recipe, data.train)} if method.online else {}
+    raws: dict[str | None, dict[int, Given]] = {None: raws_of(recipe, data.train)} if method.online else {}
     raws |= {name: raws_of(recipe, [source]) for name, source in (data.eval_sets or {}).items() if method.online}
     return RowSets(train, prompts(recipe, data.train, wanted, chat, asked.sample_prompts), evals, raws)
 

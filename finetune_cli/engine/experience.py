@@ -48,8 +48,8 @@ class Experience:
     actor: Actor
     stop_ids: list[int]
     generator: Generator
-    data: Mapping[str, Mapping[int, Given]]
-    """The rows as they are in the files, by set ("train" or the name of an evaluation set) and source."""
+    data: Mapping[str | None, Mapping[int, Given]]
+    """The rows by set and source, as in `RowSets`."""
     sources: list[Source] = field(default_factory=list)
     told: bool = False
     """Whether it has been said why the first ratio is not 1."""
@@ -132,7 +132,7 @@ class Experience:
     def credited(self, forwards: Sequence[list[Row]], sums: Sums, *, first: bool = False) -> list[list[Row]]:
         """The same rows with what each token is worth; `first` of a run, the critic is told the mean of that."""
         rows = [row for some in forwards for row in some]
-        scores = self.scores(rows, "train")
+        scores = self.scores(rows, None)
         lengths = [len(branch.ids) for row in rows for branch in row.branches]
         ended = [float(branch.ids[-1] in self.stop_ids) for row in rows for branch in row.branches]
         worth_R, ended_R = torch.tensor(self.summed(scores)), torch.tensor(ended)
@@ -163,11 +163,11 @@ class Experience:
         self.actor.train(training)
         return torch.cat(found)
 
-    def scores(self, rows: list[Row], of: str) -> list[list[float]]:
+    def scores(self, rows: list[Row], of: str | None) -> list[list[float]]:
         """What every source says of every answer."""
         if not rows:
             return [[] for _ in self.sources]
-        decode, data = self.job.tokenizer.decode, self.data[of if of in self.data else "train"]
+        decode, data = self.job.tokenizer.decode, self.data[of if of in self.data else None]
         pairs = [(row, branch) for row in rows for branch in row.branches]
         answers = Answers(
             rows,
@@ -237,7 +237,7 @@ class Experience:
         """Every reward on a few answers, before anything is trained. Raises TrainError where one is no reward."""
         rows = [row for unit in self.job.units[:FEW] for row in unit]
         drawn = self.generator([row.prefix for row in rows], temperature=0.0, seed=0)
-        self.scores([answered(row, [ids]) for row, ids in zip(rows, drawn, strict=True) if ids], "train")
+        self.scores([answered(row, [ids]) for row, ids in zip(rows, drawn, strict=True) if ids], None)
 
     def evaluate(self, eval_set: "EvalSet", step: int, samples: list[dict[str, Any]]) -> dict[str, float]:
         """What answers to a set are worth, drawn as in training and always by the same seed; where the recipe has a
@@ -263,14 +263,14 @@ class Experience:
         """Answers to the first training rows, to be read. Collective."""
         job = self.job
         rows = [row for unit in job.units[: job.recipe.eval.sample_prompts] for row in unit]
-        found = self.spread(rows, "train", temperature=job.recipe.generation.temperature)
+        found = self.spread(rows, None, temperature=job.recipe.generation.temperature)
         return self.told_of(step, "", [self.as_prompt(row) for row in rows], found)
 
     def told_of(self, step: int, name: str, asked: list[Prompt], found: list["Judged"]) -> list[dict[str, Any]]:
         few = list(zip(asked, found, strict=True))[: self.job.recipe.eval.sample_prompts]
         return [{**sample_event(self.job, step, name, prompt, each.text), "reward": each.worth} for prompt, each in few]
 
-    def spread(self, rows: list[Row], of: str, *, temperature: float) -> list["Judged"]:
+    def spread(self, rows: list[Row], of: str | None, *, temperature: float) -> list["Judged"]:
         """Answers to rows of a set and what they are worth, each process answering its share. Collective."""
         job = self.job
         shares = job.gather(self.judged(rows[job.rank :: job.world], of, temperature=temperature))
@@ -279,7 +279,7 @@ class Experience:
     def as_prompt(self, row: Row) -> Prompt:
         return Prompt(row.prefix, self.job.tokenizer.decode(row.prefix), "", row.source)
 
-    def judged(self, rows: list[Row], of: str, *, temperature: float) -> list["Judged"]:
+    def judged(self, rows: list[Row], of: str | None, *, temperature: float) -> list["Judged"]:
         """Answers to rows of a set, and what they are worth. The seed is always the same, so that two evaluations
         differ by what was learned between them."""
         self.actor.switch(POLICY)
@@ -302,7 +302,7 @@ class Judged:
     worth: float
 
 
-def attach(job: "Job", actor: Actor, chat: Chat, data: Mapping[str, Mapping[int, Given]]) -> None:
+def attach(job: "Job", actor: Actor, chat: Chat, data: Mapping[str | None, Mapping[int, Given]]) -> None:
     """Give the job what answers and judges. Raises where a reward cannot be had or is none."""
     method = job.method
     assert isinstance(method, Online)

@@ -38,6 +38,8 @@ OF_MODEL = {
     "tokenizer.model", "spiece.model", "preprocessor_config.json", "README.md",
 }  # fmt: skip
 """Files that others need; plan, recipe and journal name places of this machine and stay here."""
+TEMPLATES = "additional_chat_templates"
+"""Folder of a tokenizer's templates beside the default."""
 OF_RESUMING = (".pt", "trainer_state.json")
 
 
@@ -131,10 +133,16 @@ def resuming_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
+def templates(folder: Path, place: str = "") -> dict[str, list[Path]]:
+    """The tokenizer's further templates, by folder of the repository, at `place` in it."""
+    found = sorted((folder / TEMPLATES).glob("*.jinja"))
+    return {f"{place}{TEMPLATES}": found} if found else {}
+
+
 def result_files(run: Path) -> dict[str, list[Path]]:
     """By folder of the repository; a base that a starting adapter was merged into is nowhere else."""
     base = run / BASE
-    return {".": list(model_files(run))} | ({BASE: list(model_files(base))} if base.is_dir() else {})
+    return {".": list(model_files(run)), **templates(run)} | ({BASE: list(model_files(base))} if base.is_dir() else {})
 
 
 def stage(run: Path, label: str, parts: dict[str, list[Path]]) -> Path:
@@ -215,10 +223,10 @@ class Pusher:
         if self.strategy == "end":
             return
         step = folder.name.removeprefix(PREFIX)
-        parts = {".": list(model_files(folder))}
+        parts = {".": list(model_files(folder)), **templates(folder)}
         if self.strategy != "every_save":
             place = LAST if self.strategy == "checkpoint" else folder.name
-            parts[place] = list(resuming_files(folder))
+            parts |= {place: list(resuming_files(folder)), **templates(folder, f"{place}/")}
         self._take(folder.name, parts, f"step {step}", newest_alone=self.strategy != "all_checkpoints")
 
     def finished(self) -> str | None:

@@ -335,3 +335,27 @@ def test_ft002_of_prompts_alone(of, tmp_path):
     method = {"name": "ppo", "reward": f"{tmp_path}/judge.py:judge"}
     (problem,) = of("FT002", rows=rows, method=method)
     assert "of 31 rows 1 row dropped at 128 tokens (data.overlength: drop); lengths" in problem.message
+
+
+TEXTS = [{"text": f"hello number {n}"} for n in range(12)]
+
+
+@pytest.mark.parametrize("rows", [TEXTS, [{"input_ids": [60, 70, 80 + n]} for n in range(12)]], ids=["text", "tokens"])
+def test_ft111_a_metric_on_rows_that_ask_nothing(of, rows):
+    metric = {"eval": {"metric": "exact_match"}, "data": {"eval_split": 0.25}}
+    (problem,) = of("FT111", rows=rows, **metric)
+    assert (problem.key, problem.severity) == ("eval.metric", "error")
+    assert "never computed on the rows for evaluation: none of these rows has a prompt to answer" in problem.message
+    assert "or take eval.metric out" in problem.message
+    assert of("FT111", rows=rows, data={"eval_split": 0.25}) == []
+    assert of("FT111", **metric) == []
+
+
+def test_ft111_a_metric_on_some_of_the_sets(of, tmp_path):
+    sets = {
+        "plain": str(write_rows(tmp_path / "a.jsonl", TEXTS)),
+        "talk": str(write_rows(tmp_path / "b.jsonl", questions(3, first=40))),
+    }
+    (problem,) = of("FT111", data={"eval_sets": sets}, eval={"metric": "exact_match"})
+    assert (problem.key, problem.severity) == ("eval.metric", "warning")
+    assert "never computed on the evaluation set plain: none" in problem.message

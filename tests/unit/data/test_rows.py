@@ -134,8 +134,7 @@ def test_prompts_that_cannot_be_asked_are_left_out(rows_of):
     assert rows_of(rows=pairs, method="dpo")[0].train_prompts == []
 
 
-def test_a_metric_of_answers_needs_prompts(rows_of):
-    rows = [{"text": f"number {n}"} for n in range(10)]
-    with pytest.raises(DataError, match="exact_match is of answers, and no evaluation row asks anything"):
-        rows_of(rows=rows, data={"eval_split": 0.2}, eval={"metric": "exact_match"})
-    assert rows_of(rows=rows, data={"eval_split": 0.2})[0].evals[""][1] == []
+def test_an_evaluation_set_may_be_called_train(rows_of, tmp_path):
+    sets = {"train": str(write_rows(tmp_path / "a.jsonl", questions(3, first=50)))}
+    found, _ = rows_of(method={"name": "ppo", "reward": "x.py:f"}, data={"eval_sets": sets})
+    assert [len(found.raws[name]) for name in (None, "train")] == [12, 3]

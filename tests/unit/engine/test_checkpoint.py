@@ -133,6 +133,17 @@ def test_folders_of_a_checkpoint_are_sealed_too(tmp_path):
     assert "tool_use.jinja is not what was written" in str(manifest.damage(tmp_path / "checkpoint-1"))
 
 
+def test_all_templates_of_a_tokenizer_are_saved_and_uploaded(tmp_path, parts):
+    from finetune_cli.engine.hub import result_files
+
+    model, tokenizer = parts
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    checkpoint.save_model(model, tokenizer, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+    found = {f"{place}/{file.name}" for place, files in result_files(tmp_path).items() for file in files}
+    assert {"./chat_template.jinja", "additional_chat_templates/tool_use.jinja"} <= found
+
+
 def test_generators_go_on_where_they_were(tmp_path, parts):
     """After a write and a read, every generator draws what it would have drawn."""
     folder = write(tmp_path, 1, parts)
