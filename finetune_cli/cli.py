@@ -114,19 +114,24 @@ def recipes(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="Show one method's keys.")] = None) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show one method's keys.")] = None, as_json: AsJson = False
+) -> None:
     """List the methods, or the keys of one."""
     from finetune_cli import commands
 
-    raise typer.Exit(commands.methods(name))
+    raise typer.Exit(commands.methods(name, as_json=as_json))
 
 
 @app.command()
-def explain(rule: Annotated[str | None, typer.Argument(metavar="[FTnnn]", help="Show one rule.")] = None) -> None:
+def explain(
+    rule: Annotated[str | None, typer.Argument(metavar="[FTnnn]", help="Show one rule.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """List the rules of `validate`, or say why there is one and what to do about it."""
     from finetune_cli import commands
 
-    raise typer.Exit(commands.explain(rule))
+    raise typer.Exit(commands.explain(rule, as_json=as_json))
 
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
@@ -239,6 +244,7 @@ def _tell(failure: FinetuneError) -> None:
     from finetune_cli import show
 
     if "--json" in sys.argv:
-        show.to_stdout({"event": "error", **failure.to_json()})
+        problems = [problem.to_json() for problem in failure.named()]
+        show.to_stdout({"event": "error", **failure.to_json(), "problems": problems})
     else:
         show.error(failure)

@@ -13,7 +13,7 @@ from finetune_cli.checks import stages
 from finetune_cli.checks.files import files
 from finetune_cli.checks.rule import Seen
 from finetune_cli.checks.spread import by_memory
-from finetune_cli.errors import DataError, FinetuneError, MachineError, Problem, RecipeError
+from finetune_cli.errors import DataError, FinetuneError, MachineError, ModelError, Problem, RecipeError
 from finetune_cli.plan import facts as model_facts
 from finetune_cli.plan import launch, machine
 from finetune_cli.plan.memory import remembered
@@ -24,6 +24,7 @@ from finetune_cli.use.memory_table import memory_table
 if TYPE_CHECKING:
     from finetune_cli import runs
     from finetune_cli.engine.hub import Repository
+    from finetune_cli.methods import Method
     from finetune_cli.recipe.fix import Fixed
 
 
@@ -35,7 +36,11 @@ def opened(recipe: Path, overrides: Sequence[str]) -> tuple[Loaded, model_facts.
 
 def checked(recipe: Path, overrides: Sequence[str], note: stages.Note = stages.unheard) -> Seen:
     """Schema, lints and files, stage after stage. `note` hears the warnings. Raises the failing stage's error."""
-    loaded, facts = opened(recipe, overrides)
+    loaded, gone = load(recipe, overrides), None
+    try:
+        facts = model_facts.of(loaded.recipe.model)
+    except ModelError as error:  # is told when its stage comes: after lints and files
+        facts, gone = model_facts.Facts(kind="hub"), error
     world = launch.world() if launch.inside() else None
     plan = resolve(
         loaded.recipe,
@@ -50,12 +55,14 @@ def checked(recipe: Path, overrides: Sequence[str], note: stages.Note = stages.u
     seen = replace(seen, plan=by_memory(seen))
     stages.lints(seen, note)
     present(loaded)
+    if gone is not None:
+        raise ModelError(gone.message, gone.hint, problems=(loaded.problem("model.name_or_path", gone.message),))
     return seen
 
 
-def present(loaded: Loaded) -> None:
-    """Raises DataError where a file that the recipe names is not there."""
-    missing = tuple(files(loaded))
+def present(loaded: Loaded, *, under: tuple[str, ...] = ("",)) -> None:
+    """Raises DataError where a file that the recipe names is not there, at keys that begin with one of `under`."""
+    missing = tuple(problem for problem in files(loaded) if problem.key.startswith(under))
     if missing:
         raise DataError("files are missing", "Paths are relative to the recipe.", problems=missing)
 
@@ -90,7 +97,7 @@ def validate(
             "exit_code": failure.exit_code if failure else 0,
             "message": failure.message if failure else "",
             "hint": failure.hint if failure else "",
-            "problems": [p.to_json() for p in (*(failure.problems if failure else ()), *warnings)],
+            "problems": [p.to_json() for p in (*(failure.named(str(recipe)) if failure else ()), *warnings)],
             **told,
             **({"fixed": fixed.to_json()} if fixed is not None else {}),
         }
@@ -145,10 +152,10 @@ def looked_into(seen: Seen, note: stages.Note, *, calibrate: bool = False) -> di
 
 def plan(recipe: Path, overrides: Sequence[str], *, as_json: bool) -> int:
     made, _, warnings = planned(recipe, overrides)
+    show.warnings(warnings)
     if as_json:
         show.to_stdout(made.model_dump(mode="json"))
         return 0
-    show.warnings(warnings)
     show.out.print(show.header(made))
     show.origins(made)
     show.out.print(memory_table(made))
@@ -181,10 +188,14 @@ def repository(made: Plan, loaded: Loaded) -> "Repository":
         raise MachineError(error.message, error.hint, problems=found) from error
 
 
-def methods(name: str | None) -> int:
+def methods(name: str | None, *, as_json: bool = False) -> int:
     from finetune_cli.methods import registry
 
     known = registry()
+    if as_json and (name is None or name in known):
+        found = [as_data(known[key]) for key in ([name] if name else known)]
+        show.to_stdout(found[0] if name else found)
+        return 0
     if name is None:
         for key, method in known.items():
             show.out.print(f"{key:8} {method.summary}")
@@ -204,9 +215,30 @@ def methods(name: str | None) -> int:
     return 0
 
 
-def explain(rule: str | None) -> int:
+def as_data(method: "type[Method]") -> dict[str, Any]:
+    """A method for programs: its keys with their defaults (null where there is none), and what they mean."""
+    manual = method.manual()
+    keys = {
+        key: {
+            "required": info.is_required(),
+            "default": None if info.is_required() else info.get_default(call_default_factory=True),
+            "about": " ".join(manual.get(key, "").split()),
+        }
+        for key, info in method.model_fields.items()
+        if key != "name"
+    }
+    name = method.model_fields["name"].default
+    return {"name": name, "summary": method.summary, "shapes": list(method.shapes), "keys": keys}
+
+
+def explain(rule: str | None, *, as_json: bool = False) -> int:
     from finetune_cli.checks.rules import BY_ID
 
+    if as_json and (rule is None or rule.upper() in BY_ID):
+        known = [BY_ID[rule.upper()]] if rule else [*BY_ID.values()]
+        told = [{"id": r.id, "title": r.title, "severity": r.severity, "why": r.why, "remedy": r.remedy} for r in known]
+        show.to_stdout(told[0] if rule else told)
+        return 0
     if rule is None:
         show.rules(BY_ID.values())
         return 0
@@ -245,7 +277,7 @@ def preview(
     from finetune_cli.use import preview_html, preview_text
 
     loaded, facts = opened(recipe, overrides)
-    present(loaded)
+    present(loaded, under=("data.train", "model.chat_template"))
     log.setup()
     chat, rows = bind(loaded.recipe, facts).chat, None if row is None else [row]
     if as_json:

@@ -52,6 +52,10 @@ class FinetuneError(Exception):
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
+    def named(self, file: str = "") -> tuple[Problem, ...]:
+        """Its problems, for programs; the error itself where it has none of its own."""
+        return self.problems or (Problem("", self.message, file=file),)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "exit_code": self.exit_code,

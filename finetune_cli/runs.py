@@ -15,7 +15,7 @@ from finetune_cli import log, show
 from finetune_cli.engine import manifest
 from finetune_cli.engine.lock import RunLock
 from finetune_cli.engine.signals import CAUGHT, Stop, exit_code, held_back, killed_by
-from finetune_cli.errors import KINDS, FinetuneError, MachineError, RecipeError
+from finetune_cli.errors import KINDS, DataError, FinetuneError, MachineError, ModelError, RecipeError
 from finetune_cli.plan import launch
 from finetune_cli.plan.changes import Change, compare
 from finetune_cli.plan.resolve import Plan
@@ -23,7 +23,9 @@ from finetune_cli.recipe.load import Loaded
 
 RESULTS = ("metrics.jsonl", "report.json", "trainer_state.json")
 """Files that say that a run has begun."""
-RUN_FILES = (*RESULTS, "plan.json", "recipe.yaml", "error.json", "traceback.txt")
+RUN_FILES = (*RESULTS, "plan.json", "recipe.yaml", "error.json", "traceback.txt", "report.html")
+SAYS_WHAT_IT_IS = ("plan.json", "recipe.yaml", "report.json")
+"""Of a run; what a refused `--resume` leaves as it was."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,35 @@ def run(plan: Plan, loaded: Loaded, options: Options) -> int:
         return begin(plan, resumed(plan, options, mend=False) if options.resume else None, options, None)
     with locked(plan.run) if alone or log.rank() == 0 else nullcontext() as lock:
         start = resumed(plan, options, mend=log.rank() == 0) if options.resume else None
-        if alone or log.rank() == 0:
-            claim(plan, loaded, start=start, resume=options.resume, overwrite=options.overwrite)
-        if not alone:
-            from finetune_cli import worker
+        first = alone or log.rank() == 0
+        with put_back(plan.run, start) if first else nullcontext():
+            if first:
+                claim(plan, loaded, start=start, resume=options.resume, overwrite=options.overwrite)
+            if not alone:
+                from finetune_cli import worker
 
-            stop = Stop()
-            stop.listen()
-            code = worker.run(plan, stop, resume=start, anyway=options.anyway, as_json=options.as_json)
-            return told(plan, code, options) if log.rank() == 0 else code
-        assert lock is not None
-        return begin(plan, start, options, lock)
+                stop = Stop()
+                stop.listen()
+                code = worker.run(plan, stop, resume=start, anyway=options.anyway, as_json=options.as_json)
+                return told(plan, code, options) if first else code
+            assert lock is not None
+            return begin(plan, start, options, lock)
+
+
+@contextmanager
+def put_back(run: Path, start: Path | None) -> Iterator[None]:
+    """Where going on from `start` is refused before anything is trained, the run says of itself what it said before."""
+    kept = {name: (run / name).read_bytes() for name in SAYS_WHAT_IT_IS if start is not None and (run / name).exists()}
+    try:
+        yield
+    except (RecipeError, DataError, ModelError):
+        newest = manifest.newest_whole(run)
+        if start is not None and newest is not None and newest.name == start.name:
+            for name, content in kept.items():
+                (run / name).write_bytes(content)
+            if "report.json" in kept:
+                (run / "error.json").unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

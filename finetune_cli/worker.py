@@ -76,7 +76,7 @@ def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: 
     found = preflight.examine(seen, warned.append)  # before the processes meet: one tokenises, the others wait
     words, sets = found.words, found.sets
     if log.rank() == 0:
-        for problem in warned[known:]:
+        for problem in warned[0 if as_json else known :]:
             show({"event": "check", **problem.to_json()})
         show({"event": "rows", **sets.summary()})
     if resume is not None:

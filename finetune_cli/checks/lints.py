@@ -122,6 +122,20 @@ def precision(seen: Seen) -> Iterator[Found]:
         yield Found("train.precision", f"the {gpu.name} does not multiply bfloat16", "use auto or fp16")
 
 
+def kernels(seen: Seen) -> Iterator[Found]:
+    """An attention that this machine, or the precision, does not have."""
+    asked, resolved = seen.recipe.model.attn_implementation, seen.plan.resolved
+    if asked not in ("varlen", "flash_attention_2"):
+        return
+    remedy = "use auto or sdpa"
+    if seen.plan.machine.device != "cuda":
+        yield Found("model.attn_implementation", f"{asked} needs an NVIDIA GPU, and this machine has none", remedy)
+    elif resolved.precision == "fp32":
+        yield Found("model.attn_implementation", f"{asked} has no float32, which train.precision is", remedy)
+    elif asked == "flash_attention_2" and find_spec("flash_attn") is None:
+        yield Found("model.attn_implementation", "flash-attn is not installed", f"pip install flash-attn, or {remedy}")
+
+
 def run_length(seen: Seen) -> Iterator[Found]:
     """Where the recipe itself says how many steps there are."""
     if seen.recipe.train.max_steps is not None:
@@ -134,6 +148,9 @@ def in_steps(seen: Seen, total: int, key: str) -> Iterator[Found]:
     if train.warmup_steps is not None and train.warmup_steps >= total:
         said = f"the learning rate rises for {train.warmup_steps} of {run}: it never gets where it is meant to"
         yield Found("train.warmup_steps", said, f"use {max(1, total // 10)} or less, or warmup_ratio")
+    if train.warmup_steps is None and train.warmup_ratio >= 1:
+        said = f"the learning rate rises for all of {run}: it never gets where it is meant to"
+        yield Found("train.warmup_ratio", said, "use 0.1 or so")
     for name, steps in (("save.save_steps", seen.recipe.save.save_steps), ("eval.eval_steps", every_eval(seen))):
         if steps is not None and steps >= 1 and steps > total:
             said = f"{steps:g} is past the end of the run of {run}: it happens at the end alone"

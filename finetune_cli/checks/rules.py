@@ -468,5 +468,14 @@ RULES: tuple[Rule, ...] = (
         "say it in the recipe",
         lint=spread.of_accelerate,
     ),
+    Rule(
+        "FT117",
+        "an attention that is not to be had",
+        "error",
+        "FlashAttention's kernels need an NVIDIA GPU and half precision; another one in its place would not be what "
+        "the recipe says.",
+        "set model.attn_implementation to auto",
+        lint=lints.kernels,
+    ),
 )
 BY_ID = {rule.id: rule for rule in RULES}

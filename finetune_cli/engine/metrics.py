@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_cli.errors import DataError, FinetuneError, RecipeError, TrainError
+from finetune_cli.log import LOGGER
 
 Metric = Callable[[Sequence[str], Sequence[str]], list[float]]
 """(answers, references) -> one number each, higher is better."""
@@ -59,6 +60,7 @@ def function_of(file: str, name: str, *, key: str, signature: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    LOGGER.info("%s: running %s for its %s", key, file, name)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's file may raise anything

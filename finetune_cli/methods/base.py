@@ -162,7 +162,7 @@ class Method(Spec):
         return 1
 
     def scripts(self) -> Iterator[tuple[str, str]]:
-        """(key in the recipe, file) of the user's own Python that it runs."""
+        """(key in the recipe, path) of the user's own Python that it runs, and of models that it loads."""
         yield from ()
 
     def steps_in_all(self, rows_a_step: int) -> int | None:  # noqa: ARG002

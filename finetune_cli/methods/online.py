@@ -3,9 +3,10 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from finetune_cli.errors import DataError
 from finetune_cli.methods.base import Method, Reference, Start
@@ -26,6 +27,13 @@ class RewardSource(Spec):
     which is called as function(prompts, responses, rows) and returns a list of numbers, one for each response."""
     weight: float = 1.0
     """What its numbers are multiplied by before they are summed."""
+
+    @field_validator("source")
+    @classmethod
+    def _names_a_function(cls, source: str) -> str:
+        if source.endswith(".py"):
+            raise ValueError(f"name the function in it: {Path(source).name}:FUNCTION")
+        return source
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,8 @@ class Online(Method):
             file = reward.source.rpartition(":")[0]
             if file.endswith(".py"):
                 yield f"method.reward.{number}.source", file
+            elif Path(reward.source).is_absolute():
+                yield f"method.reward.{number}.source", reward.source
 
     def steps_in_all(self, rows_a_step: int) -> int | None:
         if self.total_episodes is None:

@@ -18,6 +18,9 @@ UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U0001000
 NEVER = re.compile("[\x00\ud800-\udfff]")
 """Characters that no value may hold, however they are escaped: neither a path nor UTF-8 can."""
 
+SWITCHES = ("lora", "quantization")
+"""Sections whose being there is what switches something on, so that nothing behind the name may mean either."""
+
 CORE = "tag:yaml.org,2002:"
 TAGS = {"int": int, "float": float, "bool": bool, "null": type(None)}
 PLAIN_WORDS = {
@@ -197,8 +200,12 @@ class _Composer:
         height = 0
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             key, _ = self._node(event, depth + 1)
-            node, below = self._node(next(self.events), depth + 1)
+            inner = next(self.events)
+            node, below = self._node(inner, depth + 1)
             height = max(height, below + 1)
+            if depth == 0 and key.value in SWITCHES and node.value is None and getattr(inner, "value", None) == "":
+                said = f"is empty: write `{key.value}: {{}}` for its defaults, or `{key.value}: null` for none"
+                self.problems.append(problem(self._at(event), said, key.value))
             if self._usable(event, key, items):
                 items[key.value] = Node(node.value, node.place, self._at(event))
         return items, height

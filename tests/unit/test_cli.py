@@ -117,11 +117,10 @@ def test_own_options_are_checked(command, recipe_of):
 def test_data_that_is_not_there(command, recipe_of, tmp_path, options):
     write_rows(tmp_path / "other.jsonl", questions(1))
     path = recipe_of(data={"train": "gone.jsonl", "eval_sets": {"good": "also_gone.jsonl"}})
-    err = fails(
-        command(options[0], path, *options[1:]), 3, "data.train.0.path", "gone.jsonl does not exist", "2 problems"
-    )
+    err = fails(command(options[0], path, *options[1:]), 3, "data.train.0.path", "gone.jsonl does not exist")
     assert "that folder has other.jsonl" in err
-    assert "data.eval_sets.good.path" in err
+    seen = options[0] != "preview-template"  # which shows what is trained on
+    assert ("2 problems" in err, "data.eval_sets.good.path" in err) == (seen, seen)
 
 
 def test_template_and_metric_files_that_are_not_there(command, recipe_of):
@@ -488,3 +487,87 @@ def fails_after(result, code, text):
     assert found == code, err
     assert text in out
     return err
+
+
+# --- what programs read
+
+
+def test_explain_and_methods_in_json(command):
+    code, out, _ = command("explain", "ft016", "--json")
+    assert (code, json.loads(out)["id"]) == (0, "FT016")
+    code, out, _ = command("explain", "--json")
+    assert {"id", "title", "severity", "why", "remedy"} == set(json.loads(out)[0])
+    code, out, _ = command("methods", "dpo", "--json")
+    assert json.loads(out)["keys"]["beta"]["default"] == 0.1
+    code, out, _ = command("methods", "--json")
+    assert [each["name"] for each in json.loads(out)] == ["sft", "dpo", "orpo", "reward", "ppo"]
+
+
+def test_a_failure_always_has_a_problem_for_programs(command, recipe_of, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    code, out, _ = command("validate", recipe_of(data={"train": str(tmp_path / "empty.jsonl")}), "--json")
+    result = json.loads(out)
+    assert (code, result["ok"]) == (3, False)
+    assert [("has no rows" in problem["message"]) for problem in result["problems"]] == [True]
+
+
+def test_lints_and_files_come_before_a_model_that_is_not_there(command, recipe_of, tmp_path):
+    gone = recipe_of(model={"name_or_path": str(tmp_path / "gone")})
+    fails(command("validate", gone, "--set", "learning_rate=1.0"), 2, "train.learning_rate")
+    fails(command("validate", gone, "--set", f"data.train={tmp_path}/none.jsonl"), 3, "none.jsonl does not exist")
+    err = fails(command("validate", gone), 5, "gone does not exist", "model.name_or_path")
+    assert "recipe.yaml:26:3" in err
+    _, out, _ = command("validate", gone, "--json")
+    assert [problem["key"] for problem in json.loads(out)["problems"]] == ["model.name_or_path"]
+
+
+def test_an_empty_section_that_switches_something_on_is_no_answer(command, recipe_of):
+    path = recipe_of()
+    text = path.read_text().split("lora:")[0] + "lora:\n" + "train:" + path.read_text().split("train:", 2)[2]
+    path.write_text(text)
+    fails(command("validate", path, "--fast"), 2, "lora", "write `lora: {}` for its defaults, or `lora: null`")
+    path.write_text(text.replace("lora:\n", "lora: null\n"))
+    assert command("validate", path, "--fast", "--set", "learning_rate=2e-5")[0] == 0
+
+
+def test_an_attention_that_this_machine_has_not(command, recipe_of):
+    for kernel in ("varlen", "flash_attention_2"):
+        result = command("validate", recipe_of(), "--fast", "--set", f"model.attn_implementation={kernel}")
+        fails(result, 2, f"{kernel} needs an NVIDIA GPU", "FT117")
+
+
+def test_rewards_that_are_not_there(command, recipe_of, tmp_path):
+    asked = [{"prompt": row["messages"][:1]} for row in questions(12)]
+
+    def ppo(reward):
+        return recipe_of(rows=asked, method={"name": "ppo", "reward": reward})
+
+    fails(command("validate", ppo("./nofolder"), "--fast"), 3, "nofolder does not exist", "method.reward")
+    fails(command("validate", ppo("judge.py"), "--fast"), 2, "name the function in it: judge.py:FUNCTION")
+
+
+def test_warnings_of_lints_are_told_to_programs(command, recipe_of):
+    warned = recipe_of(ignore=[])
+    code, _, err = command("plan", warned, "--json")
+    assert code == 0
+    assert "FT033" in err
+
+
+def test_a_preview_asks_for_its_own_files_alone(command, recipe_of, tmp_path):
+    path = recipe_of(data={"eval_sets": str(tmp_path / "gone.jsonl")}, eval={"metric": "gone.py:f"})
+    code, out, _ = command("preview-template", path, "--json", "--row", "0")
+    assert (code, json.loads(out)["row"]) == (0, 0)
+
+
+@pytest.mark.slow
+def test_a_refused_resume_leaves_a_finished_run_as_it_was(recipe_of, tmp_path):
+    path = recipe_of(ignore=[])
+    first = finetune("run", str(path), "--json", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "FT033" in [json.loads(line).get("rule") for line in first.stdout.splitlines()]
+    run = next(folder.parent for folder in tmp_path.rglob("report.json"))
+    before = {name: (run / name).read_bytes() for name in ("plan.json", "recipe.yaml", "report.json")}
+    refused = finetune("run", str(path), "--resume", "--set", "max_steps=1", cwd=tmp_path)
+    assert refused.returncode == 2, refused.stderr
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert not (run / "error.json").exists()

@@ -13,7 +13,7 @@ SECRET = "hf_abcdefghijklmnopqrstuvwxyz01"
 
 
 def test_shorthands_expand(read, good: str, tmp_path: Path) -> None:
-    text = good + "logging: {report_to: wandb}\nlora: {}\nquantization:\n"
+    text = good + "logging: {report_to: wandb}\nlora: {}\nquantization: null\n"
     loaded = read(text)
     assert loaded.data == {
         "method": {"name": "sft"},

@@ -51,8 +51,8 @@ KEPT: dict[str, dict[str, Any]] = {
     "trl-orpo": {"method.name": "orpo", "train.warmup_steps": 10, "train.optim": "paged_adamw_8bit"},
     "trl-rm": {"method.name": "reward", "lora.r": 16, "eval.eval_steps": 50},
 }  # fmt: skip
-ENVIRONMENT = ("FT112",)
-"""Rules on what is installed here; a recipe that reports to wandb is right where wandb is."""
+ENVIRONMENT = ("FT112", "FT117")
+"""Rules on what is installed here; a recipe that reports to wandb is right where wandb is, flash-attn likewise."""
 
 
 @pytest.fixture
