@@ -130,6 +130,9 @@ def kernels(seen: Seen) -> Iterator[Found]:
     remedy = "use auto or sdpa"
     if seen.plan.machine.device != "cuda":
         yield Found("model.attn_implementation", f"{asked} needs an NVIDIA GPU, and this machine has none", remedy)
+    elif not seen.plan.machine.bf16:
+        gpu = next(gpu for gpu in seen.plan.machine.gpus if gpu.compute_capability < 8)
+        yield Found("model.attn_implementation", f"{asked} needs a newer GPU than the {gpu.name}", remedy)
     elif resolved.precision == "fp32":
         yield Found("model.attn_implementation", f"{asked} has no float32, which train.precision is", remedy)
     elif asked == "flash_attention_2" and find_spec("flash_attn") is None:

@@ -39,7 +39,7 @@ def add_critic(model: Any) -> None:
     model.add_adapter(CRITIC, config)
     set_peft_model_state_dict(model, state, adapter_name=CRITIC)
     for name, p in model.named_parameters():
-        if f".{CRITIC}." in name:
+        if CRITIC in name.split("."):
             p.requires_grad_(True)
             p.data = p.data.float()
 
@@ -68,7 +68,7 @@ class Actor(Role):
         return hasattr(self.model, "peft_config")
 
     def own(self) -> list[nn.Parameter]:
-        return [p for name, p in self.model.named_parameters() if p.requires_grad and f".{CRITIC}." not in name]
+        return [p for name, p in self.model.named_parameters() if p.requires_grad and CRITIC not in name.split(".")]
 
     def beside(self) -> dict[str, nn.Parameter]:
         """What is trained and is not the policy's, by name: the critic's."""
@@ -78,7 +78,7 @@ class Actor(Role):
     def add_judge(self, name: str, score: nn.Linear) -> None:
         """A reward model whose adapter `name` is on the policy's base already, with its head."""
         self.score_heads[name] = score.requires_grad_(False)
-        frozen = [p for key, p in self.model.named_parameters() if f".{name}." in key]
+        frozen = [p for key, p in self.model.named_parameters() if name in key.split(".")]
         for p in frozen:
             p.requires_grad_(False)
         self._frozen += frozen

@@ -38,18 +38,19 @@ def answers(
     training, use_cache = model.training, model.config.use_cache
     model.eval()
     model.config.use_cache = True
-    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    some = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    drawn = some if temperature > 0 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0] if stop_ids else 0
     ends = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": list(stop_ids) or None}
     config = GenerationConfig(**ends, **drawn)
-    with torch.random.fork_rng(devices=_cuda()), half_copies(model), drawing(model), whole_states(model):
+    with torch.random.fork_rng(devices=_cuda()), half_copies(model), drawing(model), whole_states(model), plain(model):
         torch.manual_seed(seed)
         for start in range(0, len(order), BATCH):
             if stop():
                 break
-            some = order[start : start + BATCH]
-            found = continued(model, [prompts[i].ids for i in some], config, stop)
-            for i, ids in zip(some, found, strict=True):
+            few = order[start : start + BATCH]
+            found = continued(model, [prompts[i].ids for i in few], config, stop)
+            for i, ids in zip(few, found, strict=True):
                 texts[i] = tokenizer.decode(_until_stop(ids, stop_ids), skip_special_tokens=False)
     model.config.use_cache = use_cache
     model.train(training)
@@ -70,6 +71,21 @@ def half_copies(model: Any) -> Iterator[None]:
     finally:
         for p, master in masters:
             p.data = master
+
+
+@contextmanager
+def plain(model: Any) -> Iterator[None]:
+    """Without what the model's own generation_config would change of the distribution (repetition_penalty, top_k, ...):
+    `generate` takes from it whatever it is not told."""
+    from transformers import GenerationConfig
+
+    stock = model.get_base_model() if hasattr(model, "peft_config") else model
+    before = stock.generation_config
+    stock.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        stock.generation_config = before
 
 
 @contextmanager

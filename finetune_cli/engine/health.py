@@ -19,6 +19,8 @@ SPIKE = 10.0
 """Robust standard deviations above the median."""
 RISE = 0.05
 """Evaluation loss over the lowest so far (Prechelt 1998, GL with alpha 5%)."""
+NEAR_ZERO = 0.01
+"""Losses may be 0 (hinge) or below (robust): a rise is a share of at least this."""
 COLLAPSE = 1 / 3
 """Share of the usual speed."""
 CREEP = 0.1
@@ -95,12 +97,12 @@ class Health:
         if len(before) < 2:
             return []
         lowest = min(before)
-        grown = eval_loss > lowest * (1 + RISE) and eval_loss > before[-1]
+        grown = eval_loss - lowest > RISE * max(abs(lowest), NEAR_ZERO) and eval_loss > before[-1]
         holds = grown and eval_loss - train_loss > gaps[lowest]
         return self._once(
             "overfitting",
             holds,
-            f"evaluation loss {eval_loss:.4g} is {eval_loss / lowest - 1:.0%} above its lowest {lowest:.4g} while the "
+            f"evaluation loss {eval_loss:.4g} is {eval_loss - lowest:.3g} above its lowest {lowest:.4g} while the "
             f"training loss is {train_loss:.4g}: fewer epochs, more rows, or a lower train.learning_rate",
         )
 

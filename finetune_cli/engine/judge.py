@@ -24,6 +24,7 @@ from finetune_cli.types import Branch, Row
 if TYPE_CHECKING:
     from finetune_cli.engine.job import Job
 
+HEADS = {"score", "classifier"}
 PLAIN = (True, False, "gaussian")
 """Values of `init_lora_weights` that leave the base as it is."""
 
@@ -74,6 +75,7 @@ def shares(location: models.Location, job: "Job", actor: Actor) -> bool:
         and own.name == location.name
         and plain.peft_type == "LORA"
         and plain.init_lora_weights in PLAIN
+        and set(plain.modules_to_save or ()) <= HEADS  # others would take the place of the policy's own
     )
 
 

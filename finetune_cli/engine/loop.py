@@ -228,7 +228,7 @@ def look(job: Job, progress: Progress, *, final: bool) -> bool:
         return False
     keep(progress, numbers)
     value = job.merit(numbers)
-    if progress.step == 0 or value is None:
+    if progress.step == 0 or value is None or not math.isfinite(value):
         return False
     losses = [numbers[f"{s.prefix}loss"] for s in job.eval_sets if f"{s.prefix}loss" in numbers]
     if losses and "loss" in progress.last:

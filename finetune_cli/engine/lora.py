@@ -105,7 +105,9 @@ class Adapted(torch.autograd.Function):
             torch.addmm(y_TO, u_TR, b_OR.T, alpha=scaling, out=y_TO)
         ctx.save_for_backward(x_TI, a_RI, b_OR, u_TR)
         ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
-        return y_TO.view(*x.shape[:-1], -1)
+        # no view to autograd, because some models add to a layer's result in place
+        y: Tensor = torch.ops.aten._unsafe_view.default(y_TO, [*x.shape[:-1], y_TO.shape[-1]])
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -31,9 +31,18 @@ def _same_json(answer: str, reference: str) -> bool:
         hint = "Every answer of the evaluation rows must be JSON for json_match; exact_match takes any text."
         raise DataError(f"eval.metric json_match: the data's answer {reference[:60]!r} is not JSON", hint) from error
     try:
-        return bool(json.loads(answer) == wanted)
+        return _alike(json.loads(answer), wanted)
     except (ValueError, RecursionError):
         return False
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Python calls true and 1 equal, which JSON does not."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 NAMED: dict[str, Metric] = {"exact_match": exact_match, "json_match": json_match}

@@ -4,6 +4,7 @@ Written as a chain of operations a norm keeps two or three copies of its input, 
 them some twenty times. As one node it keeps the input as it came and a number a row, and passes half as often.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -80,7 +81,8 @@ def hasten(model: nn.Module) -> None:
 
 def same(norm: nn.Module, formula: Callable[[Any, Tensor], Tensor]) -> bool:
     weight: Any = norm.weight
-    if not (hasattr(norm, "variance_epsilon") or hasattr(norm, "eps")):
+    alone = len(inspect.signature(type(norm).forward).parameters) == 2  # and no gate beside what is normed
+    if not alone or not (hasattr(norm, "variance_epsilon") or hasattr(norm, "eps")):
         return False
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(3, weight.shape[0], generator=draw).to(weight.device, weight.dtype)

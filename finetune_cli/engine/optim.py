@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune_cli.errors import MachineError
+from finetune_cli.errors import MachineError, RecipeError
 from finetune_cli.recipe.sections import Train
 
 
@@ -52,13 +52,18 @@ def schedule(optimizer: torch.optim.Optimizer, train: Train, total: int) -> Any:
 
     kwargs = dict(train.lr_scheduler_kwargs) or None
     warmup = warmup_steps(train, total)
-    return get_scheduler(
-        train.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=warmup,
-        num_training_steps=total,
-        scheduler_specific_kwargs=kwargs,
-    )
+    try:
+        return get_scheduler(
+            train.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=total,
+            scheduler_specific_kwargs=kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        said = str(error).rpartition("() ")[2]
+        hint = "Give what it needs in train.lr_scheduler_kwargs, or choose cosine, linear or constant."
+        raise RecipeError(f"train.lr_scheduler_type {train.lr_scheduler_type} cannot be made: {said}", hint) from error
 
 
 def move(scheduler: Any, place: int) -> None:

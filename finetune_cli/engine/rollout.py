@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from finetune_cli.engine.generate import continued, half_copies, whole_states
+from finetune_cli.engine.generate import continued, half_copies, plain, whole_states
 from finetune_cli.engine.lora import drawing
 
 AT_ONCE = 64
@@ -71,19 +71,16 @@ class Local:
 
 @contextmanager
 def ready(model: Any) -> Iterator[None]:
-    """The model as generation wants it, without what its own generation_config would change of the distribution
-    (repetition_penalty, top_k, ...)."""
-    from transformers import GenerationConfig
-
-    stock = model.get_base_model() if hasattr(model, "peft_config") else model
-    before = model.training, model.config.use_cache, stock.generation_config
+    """The model as generation wants it."""
+    before = model.training, model.config.use_cache
     model.eval()
-    model.config.use_cache, stock.generation_config = True, GenerationConfig()
+    model.config.use_cache = True
     try:
-        yield
+        with plain(model):
+            yield
     finally:
         model.train(before[0])
-        model.config.use_cache, stock.generation_config = before[1:]
+        model.config.use_cache = before[1]
 
 
 def through_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -53,8 +53,9 @@ def scalings(config: object) -> tuple[float, float | None]:
 
 def trunk_of(model: nn.Module) -> nn.Module:
     """The module that gives hidden states: the model without its head."""
-    trunk: nn.Module = model.base_model  # type: ignore[assignment]
-    return trunk
+    trunk: Any = model.base_model
+    found: nn.Module = model.model if trunk is model else trunk
+    return found
 
 
 @torch.no_grad()

@@ -134,7 +134,7 @@ def discopop(u: "Tensor", tau: float) -> "Tensor":
     from torch.nn.functional import logsigmoid
 
     m = (u / tau).sigmoid()
-    return -logsigmoid(u) * (1 - m) + (-u).exp() * m
+    return -logsigmoid(u) * (1 - m) + (-u).clamp(max=80).exp() * m  # beyond it there is no float32
 
 
 def sigmoid_norm(s_w: "Tensor", s_l: "Tensor", n_w: "Tensor", n_l: "Tensor", beta: float) -> "Tensor":
@@ -167,7 +167,7 @@ def divergence(a: "Tensor", kind: str, alpha: float) -> "Tensor":
     from torch.nn.functional import logsigmoid
 
     if kind == "forward_kl":
-        return 1 - (-a).exp()
+        return 1 - (-a).clamp(max=80).exp()
     if kind == "js_divergence":
         return math.log(2) + logsigmoid(a)
     if kind == "alpha_divergence" and abs(alpha - 1) > 1e-6:
@@ -230,6 +230,8 @@ class Dpo(Pairwise):
         odd = [kind for kind in self.loss_type if kind not in BY_DIVERGENCE]
         if self.f_divergence_type != "reverse_kl" and odd:
             raise ValueError(f"f_divergence_type {self.f_divergence_type} has no meaning for loss_type {odd[0]}")
+        if self.use_weighting and any(kind.startswith("aot") for kind in self.loss_type):
+            raise ValueError("use_weighting weighs pairs, and the terms of aot are sorted: they belong to none")
         if self.sync_ref_model and self.precompute_ref_log_probs is True:
             raise ValueError("sync_ref_model moves the reference, so precompute_ref_log_probs cannot be true")
         if self.sync_ref_model and self.ref_model not in (None, "start"):

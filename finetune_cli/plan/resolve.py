@@ -196,6 +196,8 @@ def _precision(machine: Machine) -> tuple[str, str]:
 def _attention(machine: Machine, precision: str) -> tuple[str, str]:
     if machine.device == "cpu" or precision == "fp32":
         return "sdpa", "PyTorch's kernel, segment by segment"
+    if not machine.bf16:
+        return "sdpa", f"FlashAttention needs a newer GPU than the {machine.gpus[0].name}"
     if find_spec("flash_attn") is not None:
         return "flash_attention_2", "the flash-attn package is installed"
     return "varlen", "PyTorch's variable-length kernel"

@@ -187,8 +187,12 @@ def _evals_first(key: str) -> tuple[bool, str]:
 def _span(record: Record, key: str) -> str:
     if key not in record.last:
         return MISSING
-    before = record.first.get(key)
-    return f"{before:.4g} → {record.last[key]:.4g}" if before is not None else f"{record.last[key]:.4g}"
+    before, last = record.first.get(key), _number(record.last[key])
+    return f"{before:.4g} → {last}" if before is not None else last
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def plain(value: Any) -> str:

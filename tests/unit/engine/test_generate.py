@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from finetune_cli.engine import generate
 from finetune_cli.engine.generate import answers
@@ -135,3 +135,16 @@ def test_the_head_never_gets_a_strided_piece(model, tokenizer):
     assert len(seen) == 3
     assert all(found == (6, True) for found in seen)
     assert not model.lm_head._forward_pre_hooks
+
+
+def test_the_models_own_penalties_are_not_the_runs(model, tokenizer):
+    """Greedy is greedy, and what is drawn is drawn from all tokens, whatever the model's generation_config says."""
+
+    def told():
+        more = {"stop_ids": [], "max_new_tokens": 12, "top_p": 1.0, "seed": 3}
+        return [answers(model, tokenizer, prompts(tokenizer), temperature=t, **more) for t in (0.0, 5.0)]
+
+    plain = told()
+    model.generation_config = GenerationConfig(repetition_penalty=5.0, do_sample=True, top_k=2)
+    assert told() == plain
+    assert model.generation_config.top_k == 2

@@ -111,6 +111,17 @@ def test_overfitting_by_hand():
     assert found == [[], [], [], [], ["overfitting"], [], []]
 
 
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [((0.02, 0.0, 0.0), False), ((0.02, 0.0, 0.02), True), ((-1.0, -1.2, -1.19), False), ((-1.0, -1.2, -1.1), True)],
+)
+def test_losses_may_be_nothing_or_less(losses, told):
+    """Hinge ends at 0, robust below it."""
+    health = Health()
+    found = [finding for loss in losses for finding in health.evaluation(loss, -2.0)]
+    assert [finding.rule for finding in found] == ["overfitting"] * told
+
+
 def test_a_resumed_run_judges_as_the_whole_one():
     draw = random.Random(3)
     lines = [{"loss": draw.lognormvariate(0, 1), "tokens_per_second": draw.lognormvariate(0, 2)} for _ in range(200)]

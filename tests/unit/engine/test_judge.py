@@ -10,7 +10,8 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from finetune_cli.data.rows import raws_of
-from finetune_cli.engine.judge import Answers, closed, text_for
+from finetune_cli.engine import reference
+from finetune_cli.engine.judge import Answers, closed, shares, text_for
 from finetune_cli.engine.loop import train
 from finetune_cli.engine.update import Sums
 from finetune_cli.errors import ModelError
@@ -189,3 +190,26 @@ def test_a_model_of_other_words_reads_plain_text_as_it_is(recipe_of):
     assert tokenizer.decode(text_for(tokenizer, "unused", "Because.", given.row)) == "Why? Because."
     row = Row([5], (Branch([6, 7], [True, True]),))
     assert closed(Answers([row], ["Why? "], ["Because."], [given]), [8], {7}) == [row]
+
+
+def test_a_reward_model_that_has_weights_of_its_own_is_loaded_beside(ppo, job_of, reward_model):
+    """Saved whole with its adapter, they would take the place of the policy's."""
+    folder = reward_model()
+    job, _ = job_of(ppo(folder))
+    assert list(job.experience.actor.score_heads)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["score", "norm"]}))
+    location = reference.located(str(folder))
+    assert not shares(location, job, job.experience.actor)
+
+
+def test_the_critic_learns_its_own_rows_of_new_tokens(recipe_of, job_of, prompts, tmp_path):
+    (tmp_path / "one.py").write_text("def worth(prompts, responses, rows):\n    return [1.0] * len(responses)\n")
+    method = {"name": "ppo", "reward": f"{tmp_path}/one.py:worth"}
+    path = recipe_of(rows=prompts, method=method, model={"new_tokens": ["<new>"]}, eval={"eval_strategy": "no"})
+    job, _ = job_of(path)
+    rows = [name for name in job.experience.actor.beside() if "trainable_tokens_delta" in name]
+    assert [name.rpartition(".")[2] for name in rows] == ["critic"] * len(rows)
+    assert rows
+    trained = {id(p) for p in job.trained}
+    assert all(id(p) in trained for p in job.experience.actor.beside().values())

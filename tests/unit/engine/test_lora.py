@@ -125,3 +125,21 @@ def test_while_answers_are_drawn_it_is_the_same_without_a_graph():
         torch.testing.assert_close(fast(x), model(x))
     assert not fast.base_model.model.first.drawing
     assert_same(both((model, fast), x), relative=1e-5)
+
+
+def test_a_model_may_add_to_what_a_layer_gives_in_place():
+    class InPlace(Net):
+        def forward(self, x):
+            h = self.first(x)
+            h += 1
+            return self.second(h)
+
+    torch.manual_seed(0)
+    model = get_peft_model(InPlace(), LoraConfig(r=3, target_modules=["first", "second"]))
+    fast = copy.deepcopy(model)
+    hasten(fast)
+    assert any(isinstance(module, Fast) for module in fast.modules())
+    x = torch.randn(2, 3, 6)
+    (out, grads), (mine, own) = both((model, fast), x)
+    torch.testing.assert_close(mine, out)
+    torch.testing.assert_close(own, grads)

@@ -77,3 +77,9 @@ def test_what_own_code_raises_is_told_with_its_place(tmp_path):
     file.write_text("import nothing_of_that_name\n")
     with pytest.raises(RecipeError, match=r"ModuleNotFoundError: .*nothing_of_that_name.* \(mine.py:1\)"):
         find(f"{file}:f")
+
+
+def test_json_tells_true_from_one():
+    said = ['{"a": true}', "[1, 0]", '{"a": 1.0}', "[true, [false]]"]
+    meant = ['{"a": 1}', "[true, false]", '{"a": 1}', "[true, [false]]"]
+    assert json_match(said, meant) == [0.0, 0.0, 1.0, 1.0]

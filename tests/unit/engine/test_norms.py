@@ -83,3 +83,17 @@ def test_another_format_than_the_weights_is_computed_as_before():
     stock, fast = pair(LlamaRMSNorm)
     x = torch.randn(3, 12).bfloat16().requires_grad_()
     assert fast(x).dtype == stock(x).dtype == torch.float32
+
+
+def test_a_norm_with_a_gate_is_left_alone():
+    class GatedRMSNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(4), requires_grad=False), 1e-6
+
+        def forward(self, x, gate):
+            return x * gate
+
+    norm = GatedRMSNorm()
+    norms.hasten(torch.nn.Sequential(norm))
+    assert type(norm) is GatedRMSNorm

@@ -5,7 +5,7 @@ import torch
 
 from finetune_cli.checks.lints import OPTIMISERS, REFUSED_OPTIMISERS
 from finetune_cli.engine import optim
-from finetune_cli.errors import MachineError
+from finetune_cli.errors import MachineError, RecipeError
 from finetune_cli.recipe.sections import Train
 
 HERE = {
@@ -132,3 +132,10 @@ def test_courses_of_the_learning_rate():
 def test_every_course_is_made(kind):
     more = {"warmup_stable_decay": {"num_decay_steps": 3}, "cosine_with_min_lr": {"min_lr": 0.1}}.get(kind, {})
     assert len(rates(lr_scheduler_type=kind, lr_scheduler_kwargs=more, warmup_steps=1)) == 10
+
+
+def test_a_course_that_lacks_what_it_needs_is_named():
+    for kind, missing in (("warmup_stable_decay", "num_decay_steps"), ("cosine_with_min_lr", "min_lr")):
+        with pytest.raises(RecipeError, match=f"{kind} cannot be made: .*{missing}") as caught:
+            rates(lr_scheduler_type=kind, warmup_steps=1)
+        assert "lr_scheduler_kwargs" in caught.value.hint

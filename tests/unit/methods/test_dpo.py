@@ -151,3 +151,21 @@ class TestReference:
 def test_refused(knobs, said):
     with pytest.raises(ValidationError, match=said):
         Dpo(**knobs)
+
+
+@pytest.mark.parametrize("far", [-200.0, -89.0, 200.0])
+def test_what_is_far_off_stays_a_number(far):
+    """e^88 is the last of float32."""
+    for made in (lambda a: divergence(a, "forward_kl", 1.0), lambda a: discopop(a, 0.05)):
+        a = torch.tensor([far], requires_grad=True)
+        value = made(a)
+        value.sum().backward()
+        assert value.isfinite().all()
+        assert a.grad is not None
+        assert a.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["aot", "aot_unpaired"])
+def test_sorted_terms_belong_to_no_pair_that_could_be_weighed(kind):
+    with pytest.raises(ValidationError, match="they belong to none"):
+        Dpo(loss_type=[kind], use_weighting=True)

@@ -58,7 +58,7 @@ def test_learning_rate(plan_of, text, facts, rate, kind):
         (CPU, "fp32", "float32", "sdpa"),
         (NEW_CPU, "bf16", "bfloat16", "sdpa"),
         (with_gpus(1), "bf16", "bfloat16", "varlen"),
-        (with_gpus(1, 7.5), "fp16", "float16", "varlen"),
+        (with_gpus(1, 7.5), "fp16", "float16", "sdpa"),
     ],
 )
 def test_precision_follows_the_machine_and_the_rest_follows_it(
