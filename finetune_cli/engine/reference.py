@@ -6,6 +6,7 @@ before training in the batches of the first epoch, so that step 0 sees the very 
 on disk under a name that is a hash of everything they depend on.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -143,6 +144,7 @@ def beside(job: "Job", model: Any) -> Reference:
     role = Role(model)
     padded_because = layout.choose(role.stock, job.recipe.model)
     prepared = job.accelerator.prepare_model(role, evaluation_mode=True)
+    job.accelerator._models.remove(prepared)  # it would keep one that is asked once and then freed
     if (padded_because is None) == (job.padded_because is None):
         return Reference(prepared)
     return Reference(
@@ -174,6 +176,8 @@ def attach(job: "Job", location: models.Location, *, resumed: bool) -> None:
             counts = remember(job, reference, wanted)
     if not wanted.precompute:
         job.reference = reference
+    del reference
+    gc.collect()  # a model that autocast is wrapped around refers to itself
     job.reference_report = {**wanted.model_dump(), "about": wanted.about, **counts}
     if not resumed and wanted.starts_equal:
         check_start(job, role, exact=not counts.get("from_disk"))

@@ -1,5 +1,6 @@
 """References: what they are, that a margin before the first step is exactly 0, and what is kept on disk."""
 
+import gc
 import json
 from typing import Any
 
@@ -206,3 +207,15 @@ def test_eval_loss_is_one_number_for_every_batch_size(pairs_of, job_of):
         assert isinstance(job.accelerator.unwrap_model(job.policy), Role)
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
     assert "eval_rewards/margins" in numbers[0]
+
+
+def test_another_model_is_freed_once_it_has_said_its_log_probabilities(pairs_of, job_of, tiny_model_folder):
+    method = {"ref_model": str(tiny_model_folder), "precompute_ref_log_probs": True}
+    others = [
+        found for found in gc.get_objects() if isinstance(found, Role)
+    ]  # of other tests, kept so that no id is new
+    job, _ = job_of(pairs_of(method=method))
+    assert job.reference is None
+    known = {id(role) for role in others}
+    made = [found for found in gc.get_objects() if isinstance(found, Role) and id(found) not in known]
+    assert [role is job.accelerator.unwrap_model(job.policy) for role in made] == [True]
