@@ -204,14 +204,9 @@ def methods(name: str | None, *, as_json: bool = False) -> int:
         raise RecipeError(f"there is no method {name!r}", f"Known: {', '.join(known)}.")
     method = known[name]
     show.out.print(f"{name}: {method.summary}\nrows: {', '.join(method.shapes)}")
-    manual = method.manual()
-    for key, info in method.model_fields.items():
-        if key != "name":
-            about = " ".join(manual.get(key, "").split())
-            default = (
-                "(required)" if info.is_required() else f"= {json.dumps(info.get_default(call_default_factory=True))}"
-            )
-            show.out.print(f"  {key} {default}\n      {about}", markup=False)
+    for key, told in as_data(method)["keys"].items():
+        default = "(required)" if told["required"] else f"= {json.dumps(told['default'])}"
+        show.out.print(f"  {key} {default}\n      {told['about']}", markup=False)
     return 0
 
 

@@ -189,10 +189,8 @@ class Chat:
             else:
                 one.texts, one.notes = reply["result"], reply["notes"]
                 if not all(is_unicode(text) for text, _ in one.texts):
-                    one.texts, one.error = (
-                        [],
-                        DataError("the row holds half of a surrogate pair, which is no character"),
-                    )
+                    one.texts = []
+                    one.error = DataError("the row holds half of a surrogate pair, which is no character")
         found = iter(self.encoder.batch([text for one in asked for text in one.texts]))
         for one in asked:
             if one.error is None:

@@ -130,8 +130,7 @@ def common(one: Sequence[Any], other: Sequence[Any], *, most: int) -> int:
 
 def numbers(cells: "Cells", name: str) -> dict[str, float]:
     """`margin` or `label`: a number, or one for each attribute, as name, or name.0, name.1, ..."""
-    value = cells.raw.values.get(name)
-    value = decoded(value) if isinstance(value, str) else value  # a CSV's cells are text
+    value = decoded(cells.raw.values.get(name))  # a CSV's cells are text
     if value is None or value == "":
         return {}
     listed = value if isinstance(value, list) else [value]

@@ -35,15 +35,12 @@ def answers(
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     texts = [""] * len(prompts)
-    training, use_cache = model.training, model.config.use_cache
-    model.eval()
-    model.config.use_cache = True
     some = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     drawn = some if temperature > 0 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0] if stop_ids else 0
     ends = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": list(stop_ids) or None}
     config = GenerationConfig(**ends, **drawn)
-    with torch.random.fork_rng(devices=_cuda()), half_copies(model), drawing(model), whole_states(model), plain(model):
+    with torch.random.fork_rng(devices=_cuda()), half_copies(model), drawing(model), whole_states(model), ready(model):
         torch.manual_seed(seed)
         for start in range(0, len(order), BATCH):
             if stop():
@@ -52,8 +49,6 @@ def answers(
             found = continued(model, [prompts[i].ids for i in few], config, stop)
             for i, ids in zip(few, found, strict=True):
                 texts[i] = tokenizer.decode(_until_stop(ids, stop_ids), skip_special_tokens=False)
-    model.config.use_cache = use_cache
-    model.train(training)
     return texts
 
 
@@ -86,6 +81,20 @@ def plain(model: Any) -> Iterator[None]:
         yield
     finally:
         stock.generation_config = before
+
+
+@contextmanager
+def ready(model: Any) -> Iterator[None]:
+    """The model as generation wants it."""
+    before = model.training, model.config.use_cache
+    model.eval()
+    model.config.use_cache = True
+    try:
+        with plain(model):
+            yield
+    finally:
+        model.train(before[0])
+        model.config.use_cache = before[1]
 
 
 @contextmanager

@@ -1,13 +1,12 @@
 """Rollouts: an answer drawn for every prompt, as tokens. `Generator` is where another engine may take over."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from finetune_cli.engine.generate import continued, half_copies, plain, whole_states
+from finetune_cli.engine.generate import continued, half_copies, ready, whole_states
 from finetune_cli.engine.lora import drawing
 
 AT_ONCE = 64
@@ -67,20 +66,6 @@ class Local:
             eos_token_id=list(self.stop_ids) or None,
             **(whole if temperature > 0 else {"do_sample": False}),
         )
-
-
-@contextmanager
-def ready(model: Any) -> Iterator[None]:
-    """The model as generation wants it."""
-    before = model.training, model.config.use_cache
-    model.eval()
-    model.config.use_cache = True
-    try:
-        with plain(model):
-            yield
-    finally:
-        model.train(before[0])
-        model.config.use_cache = before[1]
 
 
 def through_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
