@@ -300,6 +300,17 @@ def chat_pairs(count: int, *, scale: float = 1.0) -> list[Record]:
     return rows
 
 
+WHOLE = 890
+"""Words of a prompt with an answer that are fewer than 1024 tokens."""
+
+
+def whole_pairs(count: int, *, scale: float = 1.0) -> list[Record]:
+    """Those that nobody need cut: of a longer pair TRL's reward trainer learns nothing, and ours what is left of it."""
+    pairs = chat_pairs(2 * count, scale=scale)
+    sides = ([row["prompt"] + row[key] for key in ("chosen", "rejected")] for row in pairs)
+    return [row for row, texts in zip(pairs, sides, strict=True) if max(len(t.split()) for t in texts) <= WHOLE][:count]
+
+
 def pair_row(raw: Mapping[str, Any]) -> Record:
     """{prompt, chosen, rejected} as texts, of a row already so or of a conversation with two answers. Raises DataError
     for any other."""
@@ -372,7 +383,7 @@ SETS = {
     "dpo": pair_set("dpo", precompute_ref_log_probs=False),  # the reference pass inside the step, as TRL has it
     "dpo-warm": replace(pair_set("dpo", precompute_ref_log_probs=True), warm=True),
     "orpo": pair_set("orpo"),
-    "reward": pair_set("reward"),
+    "reward": replace(pair_set("reward"), synthetic=whole_pairs),
 }
 
 

@@ -1,12 +1,15 @@
 """Answers: batched generation with transformers' own generate."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
-from finetune_cli.engine.lora import drawing
+from finetune_cli.engine.lora import bare, drawing
+from finetune_cli.engine.packed import Packed, fit, has_copies
 from finetune_cli.types import Prompt
 
 BATCH = 50
@@ -104,9 +107,24 @@ def whole_states(model: Any) -> Iterator[None]:
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
     try:
-        yield
+        with copied(head) if has_copies(model) else nullcontext():
+            yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def copied(head: Any) -> Iterator[None]:
+    """The head with a copy of its weight for the processor's products (`engine/packed.py`), for this time alone."""
+    if not fit(head):
+        yield
+        return
+    head.packed = Packed(head.weight, both=False)
+    head.forward = partial(bare, base=head)
+    try:
+        yield
+    finally:
+        del head.packed, head.forward
 
 
 def _cuda() -> list[int]:
@@ -116,15 +134,39 @@ def _cuda() -> list[int]:
 def continued(model: Any, prompts: Sequence[list[int]], config: Any, stop: Callable[[], bool]) -> list[list[int]]:
     """What `generate` writes behind each prompt under a GenerationConfig, pads included. Left-padded, so that every
     answer starts at the same place; pads are masked by length."""
-    from transformers import StoppingCriteriaList
+    from transformers import LogitsProcessorList, StoppingCriteriaList
 
     width, pad = max(map(len, prompts)), config.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     asked = StoppingCriteriaList([lambda ids, *_, **__: torch.full((len(ids),), stop(), device=ids.device)])
+    drawn = LogitsProcessorList()
+    if config.do_sample and config.top_p == 1.0:
+        drawn.append(Drawn(config.temperature))
+        config = copy.deepcopy(config)
+        config.do_sample, config.temperature = False, None
     given = {"input_ids": ids, "attention_mask": mask, "generation_config": config, "stopping_criteria": asked}
+    given["logits_processor"] = drawn
     found: list[list[int]] = model.generate(**given)[:, width:].tolist()
     return found
+
+
+class Drawn:
+    """A token of each row drawn from all there are: it alone keeps a finite score, so that the greedy choice is it.
+
+    By the inverse of the distribution function, which takes one random number a row. `torch.multinomial` takes one for
+    every token of the vocabulary: 8 ms a token for eight rows of 49,152.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+
+    def __call__(self, _: torch.Tensor, scores_RV: torch.Tensor) -> torch.Tensor:
+        p_RV = torch.softmax(scores_RV.float() / self.temperature, -1)
+        upto_RV = p_RV.cumsum(-1, dtype=torch.float64)
+        at_R1 = torch.rand(len(p_RV), 1, dtype=torch.float64, device=p_RV.device) * upto_RV[:, -1:]
+        token_R1 = torch.searchsorted(upto_RV, at_R1, right=True)  # the first that reaches beyond it
+        return torch.full_like(scores_RV, -torch.inf).scatter_(1, token_R1.clamp_max_(p_RV.shape[1] - 1), 0.0)
 
 
 def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finetune_cli.engine.packed import pack, packed, times
 from finetune_cli.errors import ModelError
 from finetune_cli.recipe.sections import Lora, Recipe
 
@@ -99,8 +100,7 @@ class Adapted(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         with torch.autocast(x.device.type, enabled=False):
             x_TI, a_RI, b_OR = x.to(dtype).reshape(-1, x.shape[-1]), a_RI.to(dtype), b_OR.to(dtype)
-            bias_O = None if base.bias is None else base.bias.to(dtype)
-            y_TO = F.linear(x_TI, frozen(base, dtype), bias_O)
+            y_TO = product(x_TI, base)
             u_TR = x_TI @ a_RI.T
             torch.addmm(y_TO, u_TR, b_OR.T, alpha=scaling, out=y_TO)
         ctx.save_for_backward(x_TI, a_RI, b_OR, u_TR)
@@ -118,7 +118,7 @@ class Adapted(torch.autograd.Function):
             du_TR = (dy_TO @ b_OR).mul_(ctx.scaling)
             dx_TI = None
             if ctx.needs_input_grad[0]:
-                dx_TI = dy_TO @ frozen(ctx.base, dy.dtype)
+                dx_TI = product_back(dy_TO, ctx.base)
                 torch.addmm(dx_TI, du_TR, a_RI, out=dx_TI)
             da_RI = du_TR.T @ x_TI
             db_OR = (u_TR.T @ dy_TO).mul_(ctx.scaling).T
@@ -128,8 +128,20 @@ class Adapted(torch.autograd.Function):
 def drawn(x: Tensor, a_RI: Tensor, b_OR: Tensor, base: nn.Module, scaling: float) -> Tensor:
     """The same without a graph, where nothing is cast: for the few rows of a token that is drawn, what goes on around
     the products takes as long as they do."""
-    narrow = F.linear(F.linear(x, a_RI), b_OR)
-    return F.linear(x, base.weight, base.bias).add_(narrow, alpha=scaling)  # type: ignore[arg-type]
+    x_TI = x.reshape(-1, x.shape[-1])
+    y_TO = product(x_TI, base)
+    torch.addmm(y_TO, torch.mm(x_TI, a_RI.T), b_OR.T, alpha=scaling, out=y_TO)
+    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+
+def bare(x: Tensor, base: nn.Module) -> Tensor:
+    """The layer without its adapter and without a graph."""
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if packed(base, dtype) is None:
+        return type(base).forward(base, x)  # type: ignore[no-any-return]  # not what `copied_head` put in its place
+    with torch.autocast(x.device.type, enabled=False):
+        y_TO = product(x.to(dtype).reshape(-1, x.shape[-1]), base)
+    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
 
 @contextmanager
@@ -144,6 +156,21 @@ def drawing(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.drawing = False
+
+
+def product(x_TI: Tensor, base: Any) -> Tensor:
+    """x W^T + b of a frozen layer, in the format of x. [T, O]"""
+    bias_O = None if base.bias is None else base.bias.to(x_TI.dtype)
+    copies = packed(base, x_TI.dtype)
+    return F.linear(x_TI, frozen(base, x_TI.dtype), bias_O) if copies is None else times(x_TI, copies.forward, bias_O)
+
+
+def product_back(dy_TO: Tensor, base: Any) -> Tensor:
+    """dy W. [T, I]"""
+    copies = packed(base, dy_TO.dtype)
+    if copies is None or copies.backward is None:
+        return dy_TO @ frozen(base, dy_TO.dtype)
+    return times(dy_TO, copies.backward)
 
 
 def frozen(base: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -166,6 +193,9 @@ class Fast:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self._plain(kwargs)
         if name is None:
+            quiet = self.disable_adapters and not (self.merged or kwargs or torch.is_grad_enabled())
+            if quiet and "packed" in self.base_layer.__dict__:
+                return bare(x, self.base_layer)
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         made: Any = Adapted.apply
         weights = self.lora_A[name].weight, self.lora_B[name].weight
@@ -189,8 +219,10 @@ def fast(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Fast{kind.__name__}", (Fast, kind), {"__module__": __name__})
 
 
-def hasten(model: nn.Module) -> None:
-    """Let every plain adapter on a frozen linear layer, of full width or of 4 bits, be computed by `Adapted`."""
+def hasten(model: nn.Module, *, room: float = 0.0) -> None:
+    """Let every plain adapter on a frozen linear layer, of full width or of 4 bits, be computed by `Adapted`; up to
+    `room` bytes may be taken for copies of frozen weights (`engine/packed.py`)."""
+    able: list[nn.Linear] = []
     for layer in model.modules():
         base: Any = getattr(layer, "base_layer", None)
         if (type(layer).__name__, type(base).__name__) not in (("Linear", "Linear"), ("Linear4bit", "Linear4bit")):
@@ -199,3 +231,6 @@ def hasten(model: nn.Module) -> None:
             p.requires_grad for p in base.parameters()
         ):
             layer.__class__ = fast(type(layer))  # type: ignore[arg-type]
+            able += [] if layer.lora_variant else [base]
+    if room:
+        pack(able, room)

@@ -15,6 +15,7 @@ from finetune_cli.engine import lora, norms
 from finetune_cli.engine.manifest import BASE
 from finetune_cli.errors import ModelError
 from finetune_cli.log import LOGGER
+from finetune_cli.plan.memory import room_of
 from finetune_cli.plan.resolve import Plan
 from finetune_cli.recipe.sections import Model, Recipe
 from finetune_cli.types import Row
@@ -213,7 +214,7 @@ def load_policy(plan: Plan, location: Location) -> Any:
     for p in model.parameters():
         if p.requires_grad:  # peft leaves modules that are trained in full as they were loaded
             p.data = p.data.float()
-    lora.hasten(model)
+    lora.hasten(model, room=room_of(plan))
     norms.hasten(model)
     if plan.resolved.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

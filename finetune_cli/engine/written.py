@@ -7,7 +7,9 @@ probabilities is a product in the format of the model, which leaves every gradie
 kernel's (docs/decisions.md).
 """
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -59,15 +61,14 @@ def add_keys(x_KTD: Tensor, part_KSD: Tensor, span: Segment) -> None:
     x_KTD[:, span.start : span.stop] += part_KSD[:, back:]
 
 
-def hide(scores_KLGS: Tensor, rule: Rule, layout: Segments) -> None:
+def hide(scores_KGLS: Tensor, rule: Rule, layout: Segments) -> None:
     """Minus infinity for keys that a query does not see; the queries are the last L of the S positions."""
-    queries, seen = scores_KLGS.shape[1], scores_KLGS.shape[3]
+    queries, seen = scores_KGLS.shape[2:]
     key = (queries, queries, 0, False) if rule.local == 0 else (queries, seen, *rule)  # earlier keys are all seen
     if key not in layout.hidden:
-        seen_LS = causal_mask(key[0], key[1], rule.local, chunked=rule.chunked, device=scores_KLGS.device)
-        hidden_LS = torch.zeros(seen_LS.shape, dtype=scores_KLGS.dtype).masked_fill_(~seen_LS, -torch.inf)
-        layout.hidden[key] = hidden_LS[:, None]
-    scores_KLGS[..., seen - key[1] :] += layout.hidden[key]
+        seen_LS = causal_mask(key[0], key[1], rule.local, chunked=rule.chunked, device=scores_KGLS.device)
+        layout.hidden[key] = torch.zeros(seen_LS.shape, dtype=scores_KGLS.dtype).masked_fill_(~seen_LS, -torch.inf)
+    scores_KGLS[..., seen - key[1] :] += layout.hidden[key]
 
 
 def causal_mask(queries: int, keys: int, local: int, *, chunked: bool, device: torch.device) -> Tensor:
@@ -82,8 +83,8 @@ def causal_mask(queries: int, keys: int, local: int, *, chunked: bool, device: t
 class WrittenOut(torch.autograd.Function):
     """softmax(q k^T s) v over segments; q [H, T, D], k and v [K, T, D], heads in groups of G = H / K -> [T, H, D].
 
-    Shape letters: L queries of a block, S keys that it sees, M = L G its rows in a product, N = T G all of them: the
-    heads of a group lie side by side, so that a block of queries is a slice.
+    Shape letters: L queries of a block, S keys that it sees, M = G L its rows in a product: the heads of a group share
+    their keys.
     """
 
     @staticmethod
@@ -91,83 +92,112 @@ class WrittenOut(torch.autograd.Function):
         ctx: Any, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, scaling: float, rule: Rule, layout: Segments
     ) -> Tensor:
         (heads, tokens, _), kv_heads = q_HTD.shape, k_KTD.shape[0]
-        groups, size = heads // kv_heads, v_KTD.shape[2]
+        q_KGTD = by_group(q_HTD, kv_heads)
         kept: list[Tensor] = []
         keeping = any(ctx.needs_input_grad)
         with torch.autocast(q_HTD.device.type, enabled=False):
-            out_KND = q_HTD.new_empty(kv_heads, tokens * groups, size)
-            q_KND, wide_KTD = widened(by_group(q_HTD, kv_heads)) * scaling, widened(k_KTD)
-            room = scratch(q_KND, layout, groups)
+            out_THD = q_HTD.new_empty(tokens, heads, v_KTD.shape[2])
+            out_KGTD = by_group(out_THD.transpose(0, 1), kv_heads)
+            room = scratch(layout, heads, wide(q_HTD.dtype))
             for span in layout.spans:
-                k_KSD, v_KSD = keys(wide_KTD, span), keys(v_KTD, span)
+                k_KSD, v_KSD = widened(keys(k_KTD, span)), keys(v_KTD, span)
                 for block in blocks(span):
-                    own = slice(block.start * groups, block.stop * groups)
-                    p_wide_KMS = probabilities(q_KND[:, own], k_KSD[:, : block.seen], rule, layout, groups, room)
+                    p_wide_KMS = probabilities(q_KGTD, k_KSD, block, scaling, rule, layout, room)
                     p_KMS = p_wide_KMS.to(q_HTD.dtype, copy=True)
-                    out_KND[:, own] = torch.bmm(p_KMS, v_KSD[:, : block.seen])
+                    put(out_KGTD, block, torch.bmm(p_KMS, v_KSD[:, : block.seen]))
                     if keeping and block.seen <= KEPT:
                         kept.append(p_KMS)
         ctx.save_for_backward(q_HTD, k_KTD, v_KTD, *kept)
         ctx.rest = scaling, rule, layout
-        return out_KND.view(kv_heads, tokens, groups, size).transpose(0, 1).reshape(tokens, heads, size)
+        return out_THD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_HTD, k_KTD, v_KTD, *kept = ctx.saved_tensors
         scaling, rule, layout = ctx.rest
-        (heads, tokens, size), kv_heads, dtype = q_HTD.shape, k_KTD.shape[0], q_HTD.dtype
-        groups = heads // kv_heads
+        heads, kv_heads, dtype = q_HTD.shape[0], k_KTD.shape[0], q_HTD.dtype
+        q_KGTD, do_KGTD = (by_group(x, kv_heads) for x in (q_HTD, dout_THD.transpose(0, 1)))
         kept.reverse()
         with torch.autocast(q_HTD.device.type, enabled=False):
-            q_KND, do_KND = by_group(q_HTD, kv_heads), by_group(dout_THD.transpose(0, 1), kv_heads)
-            room, spare = scratch(widened(q_KND[:, :0]), layout, groups), scratch(q_KND, layout, groups)
-            dq_KND = torch.empty_like(q_KND)
+            room, spare = scratch(layout, heads, wide(dtype)), scratch(layout, heads, dtype)
+            dq_HTD = torch.empty_like(q_HTD)
+            dq_KGTD = by_group(dq_HTD, kv_heads)
             dk_KTD, dv_KTD = widened(torch.zeros_like(k_KTD)), widened(torch.zeros_like(v_KTD))
             for span in layout.spans:
                 k_KSD, v_KSD = keys(k_KTD, span), keys(v_KTD, span)
                 dk_KSD, dv_KSD = widened(torch.zeros_like(k_KSD)), widened(torch.zeros_like(v_KSD))
                 for block in blocks(span):
-                    own, seen = slice(block.start * groups, block.stop * groups), block.seen
+                    seen, q_KMD, do_KMD = block.seen, rows(q_KGTD, block, dtype), rows(do_KGTD, block, dtype)
                     if seen <= KEPT:
                         p_KMS = kept.pop()
                     else:
-                        q_KMD, k_KSD_wide = widened(q_KND[:, own]) * scaling, widened(k_KSD[:, :seen])
-                        p_KMS = probabilities(q_KMD, k_KSD_wide, rule, layout, groups, room).to(dtype)
+                        k_wide_KSD = widened(k_KSD[:, :seen])
+                        p_KMS = probabilities(q_KGTD, k_wide_KSD, block, scaling, rule, layout, room).to(dtype)
                     ds_KMS = spare[: p_KMS.numel()].view(p_KMS.shape)
-                    torch.bmm(do_KND[:, own], v_KSD[:, :seen].transpose(1, 2), out=ds_KMS)
+                    torch.bmm(do_KMD, v_KSD[:, :seen].transpose(1, 2), out=ds_KMS)
                     torch._softmax_backward_data(ds_KMS, p_KMS, -1, dtype, grad_input=ds_KMS)
-                    dq_KND[:, own] = torch.bmm(ds_KMS, k_KSD[:, :seen])
-                    dk_KSD[:, :seen] += torch.bmm(ds_KMS.transpose(1, 2), q_KND[:, own])
-                    dv_KSD[:, :seen] += torch.bmm(p_KMS.transpose(1, 2), do_KND[:, own])
+                    put(dq_KGTD, block, torch.bmm(ds_KMS, k_KSD[:, :seen]).mul_(scaling))
+                    dk_KSD[:, :seen] += torch.bmm(ds_KMS.transpose(1, 2), q_KMD)
+                    dv_KSD[:, :seen] += torch.bmm(p_KMS.transpose(1, 2), do_KMD)
                 add_keys(dk_KTD, dk_KSD, span)
                 add_keys(dv_KTD, dv_KSD, span)
-            dq_HTD = dq_KND.mul_(scaling).view(kv_heads, tokens, groups, size).transpose(1, 2).reshape(q_HTD.shape)
         return dq_HTD, dk_KTD.mul_(scaling).to(dtype), dv_KTD.to(dtype), None, None, None
 
 
 def by_group(x_HTD: Tensor, kv_heads: int) -> Tensor:
-    """[K, T G, D], the heads that share keys side by side at each token."""
-    heads, tokens, size = x_HTD.shape
-    return x_HTD.view(kv_heads, heads // kv_heads, tokens, size).transpose(1, 2).reshape(kv_heads, -1, size)
+    """[K, G, T, D], a view: the heads that share keys."""
+    return x_HTD.view(kv_heads, -1, *x_HTD.shape[1:])
+
+
+def rows(x_KGTD: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+    """Those of a block, as they are multiplied. [K, M, D]"""
+    some = x_KGTD[:, :, block.start : block.stop]
+    return torch.empty(some.shape, dtype=dtype, device=some.device).copy_(some).flatten(1, 2)
+
+
+def put(x_KGTD: Tensor, block: Block, part_KMD: Tensor) -> None:
+    """The reverse of `rows`."""
+    x_KGTD[:, :, block.start : block.stop] = part_KMD.view(*x_KGTD.shape[:2], -1, part_KMD.shape[2])
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or the format itself where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def widened(x: Tensor) -> Tensor:
-    """In float32, or as it is where that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide(x.dtype))
 
 
-def scratch(q_KND: Tensor, layout: Segments, groups: int) -> Tensor:
-    """Memory, in the format of q, for the scores of the largest block, which all blocks use: what was written last is
-    in the cache still."""
+def scratch(layout: Segments, heads: int, dtype: torch.dtype) -> Tensor:
+    """Memory for the scores of the largest block, which all blocks use: what was written last is in the cache still."""
     sizes = ((block.stop - block.start) * block.seen for span in layout.spans for block in blocks(span))
-    return q_KND.new_empty(q_KND.shape[0] * groups * max(sizes, default=0))
+    return torch.empty(heads * max(sizes, default=0), dtype=dtype)
 
 
-def probabilities(q_KMD: Tensor, k_KSD: Tensor, rule: Rule, layout: Segments, groups: int, scratch_N: Tensor) -> Tensor:
-    """Of scaled queries: [K, M, S], in their format and in `scratch_N`, until it is used again."""
-    shape = kv_heads, rows, seen = q_KMD.shape[0], q_KMD.shape[1], k_KSD.shape[1]
-    scores_KMS = scratch_N[: kv_heads * rows * seen].view(shape)
-    torch.bmm(q_KMD, k_KSD.transpose(1, 2), out=scores_KMS)
-    hide(scores_KMS.view(kv_heads, -1, groups, seen), rule, layout)
+def probabilities(
+    q_KGTD: Tensor, k_KSD: Tensor, block: Block, scaling: float, rule: Rule, layout: Segments, scratch_N: Tensor
+) -> Tensor:
+    """Of a block's queries, with keys that are widened. [K, M, S] in `scratch_N`, until it is used again."""
+    q_KMD, k_KDS = rows(q_KGTD, block, k_KSD.dtype), k_KSD[:, : block.seen].transpose(1, 2)
+    shape = q_KMD.shape[0], q_KMD.shape[1], block.seen
+    scores_KMS = scratch_N[: math.prod(shape)].view(shape)
+    with exactly(q_KGTD.dtype):
+        torch.baddbmm(scores_KMS, q_KMD, k_KDS, beta=0, alpha=scaling, out=scores_KMS)
+    hide(scores_KMS.view(*q_KGTD.shape[:2], -1, block.seen), rule, layout)
     return torch.softmax(scores_KMS, -1, out=scores_KMS)
+
+
+@contextmanager
+def exactly(dtype: torch.dtype) -> Iterator[None]:
+    """Float32 products of factors that are numbers of bfloat16: oneDNN may take them as such, which changes nothing
+    but the time, a third less (PyTorch has no product of bfloat16 factors with a float32 result on CPUs)."""
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set on the module from outside
+    before = setting.fp32_precision
+    if dtype == torch.bfloat16:
+        setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before

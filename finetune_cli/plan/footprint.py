@@ -111,6 +111,8 @@ class Setup:
     tokens: int = 0
     """Whose rows of embedding and head are trained beside adapters."""
     deepspeed: bool = False
+    room: float = 0.0
+    """Bytes that copies of frozen weights may take (`room_for_copies`)."""
 
     @property
     def full(self) -> bool:
@@ -224,6 +226,23 @@ def frozen_bytes(s: Setup) -> float:
     linears = list(shape.linears())
     rest = weights - shape.layers * sum(one.weights for one in linears)
     return s.frozen * rest + shape.layers * sum(quantised_bytes(one, s.quantization) for one in linears)
+
+
+ROOM, SHARE = 2 * GIB, 1 / 8
+"""What copies of frozen weights for a CPU's products may take at most, and of the machine's memory."""
+
+
+def room_for_copies(memory_gib: float | None, processes: int) -> float:
+    """Bytes, of one of `processes` on a machine."""
+    return min(ROOM, SHARE * GIB * (memory_gib or 0.0)) / processes
+
+
+def copied_bytes(s: Setup) -> float:
+    """Frozen weights laid out again as a CPU multiplies with them, one way or both (`engine/packed.py`)."""
+    if s.lora is None or s.device != "cpu" or s.quantization is not None or s.frozen == WIDE or s.lora.use_dora:
+        return 0.0
+    size = s.frozen * blocks(s.shape, s.lora) * sum(one.weights for one in s.shape.linears() if s.adapts(one))
+    return float(size * min(2, s.room // size)) if size else 0.0
 
 
 def reference_bytes(s: Setup) -> float:

@@ -19,6 +19,7 @@ from finetune_cli.plan.footprint import (
     Rows,
     Setup,
     adapter_weights_of,
+    copied_bytes,
     drawing,
     frozen_bytes,
     head_adapter,
@@ -26,6 +27,7 @@ from finetune_cli.plan.footprint import (
     kept_by_layers,
     passing,
     reference_bytes,
+    room_for_copies,
     state_bytes,
     trained_weights,
 )  # fmt: skip
@@ -108,6 +110,7 @@ def estimate(s: Setup) -> Estimate:
     state = state_bytes(s.optim, trained) / share
     lines = [
         ("frozen weights", frozen_bytes(s) / share, _frozen_about(s)),
+        ("copies of frozen weights", copied_bytes(s), "as the processor multiplies with them"),
         ("trained weights", WIDE * trained / share, f"{trained:,} in float32"),
         ("gradients", grads, "float32"),
         ("optimiser state", state, s.optim),
@@ -240,8 +243,16 @@ def setup(
         processes=resolved.num_processes, sharded=resolved.strategy != "ddp", labels=recipe.method.labels(),
         second=second, attention=resolved.attn_implementation, drawn=drawn(plan),
         judges=judges(plan), tokens=learned_tokens(recipe), batch=batch or batch_of(plan),
-        deepspeed=resolved.strategy == "deepspeed-zero3",
+        deepspeed=resolved.strategy == "deepspeed-zero3", room=room_of(plan),
     )  # fmt: skip
+
+
+def room_of(plan: Plan) -> float:
+    """Bytes that a process may take for copies of frozen weights; none where weights are cut into pieces."""
+    resolved, machines = plan.resolved, plan.recipe.launch.num_machines
+    if plan.machine.device != "cpu" or resolved.strategy != "ddp":
+        return 0.0
+    return room_for_copies(plan.machine.memory_gib, resolved.num_processes // machines)
 
 
 def learned_tokens(recipe: Recipe) -> int:

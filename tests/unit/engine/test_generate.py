@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from finetune_cli.engine import generate
-from finetune_cli.engine.generate import answers
+from finetune_cli.engine.generate import Drawn, answers
 from finetune_cli.engine.layout import use_tree
 from finetune_cli.types import Prompt
 
@@ -148,3 +148,14 @@ def test_the_models_own_penalties_are_not_the_runs(model, tokenizer):
     model.generation_config = GenerationConfig(repetition_penalty=5.0, do_sample=True, top_k=2)
     assert told() == plain
     assert model.generation_config.top_k == 2
+
+
+def test_a_drawn_token_has_its_probability_and_an_impossible_one_never_comes():
+    torch.manual_seed(0)
+    p = torch.tensor([0.5, 0.0, 0.2, 0.3])
+    for temperature in (1.0, 2.0):
+        drawn = Drawn(temperature)(torch.empty(0), p.log().expand(100_000, 4)).argmax(-1)
+        share = torch.bincount(drawn, minlength=4) / len(drawn)
+        wanted = p ** (1 / temperature)
+        torch.testing.assert_close(share, wanted / wanted.sum(), atol=0.008, rtol=0)
+        assert share[1] == 0
