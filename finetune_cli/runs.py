@@ -1,6 +1,5 @@
 """A run as its command sees it: folder claimed and locked, workers started, signals passed on. No torch here."""
 
-import json
 import shlex
 import shutil
 import signal
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from finetune_cli import log, show
+from finetune_cli import log, replaced, show
 from finetune_cli.engine import manifest
 from finetune_cli.engine.lock import RunLock
 from finetune_cli.engine.signals import CAUGHT, Stop, exit_code, held_back, killed_by
@@ -21,9 +20,6 @@ from finetune_cli.plan.changes import Change, compare
 from finetune_cli.plan.resolve import Plan
 from finetune_cli.recipe.load import Loaded
 
-RESULTS = ("metrics.jsonl", "report.json", "trainer_state.json")
-"""Files that say that a run has begun."""
-RUN_FILES = (*RESULTS, "plan.json", "recipe.yaml", "error.json", "traceback.txt", "report.html")
 SAYS_WHAT_IT_IS = ("plan.json", "recipe.yaml", "report.json")
 """Of a run; what a refused `--resume` leaves as it was."""
 
@@ -54,7 +50,7 @@ def run(plan: Plan, loaded: Loaded, options: Options) -> int:
     with locked(plan.run) if alone or log.rank() == 0 else nullcontext() as lock:
         start = resumed(plan, options, mend=log.rank() == 0) if options.resume else None
         first = alone or log.rank() == 0
-        with put_back(plan.run, start) if first else nullcontext():
+        with put_back(plan.run, start) if first else nullcontext(), replaced.kept(plan.run) if first else nullcontext():
             if first:
                 claim(plan, loaded, start=start, resume=options.resume, overwrite=options.overwrite)
             if not alone:
@@ -98,13 +94,9 @@ def locked(run: Path) -> Iterator[RunLock]:
         lock.release()
 
 
-def finished(folder: Path) -> bool:
-    return (folder / "report.json").exists()
-
-
 def ended(plan: Plan) -> bool:
     """Finished, and as long as it is asked to be. Raises RecipeError where another recipe's run is finished here."""
-    if not finished(plan.run):
+    if not replaced.finished(plan.run):
         return False
     try:
         before = Plan.model_validate_json((plan.run / "plan.json").read_text(encoding="utf-8"))
@@ -162,14 +154,15 @@ def claim(plan: Plan, loaded: Loaded, *, start: Path | None = None, resume: bool
     """Make the run folder, and write what will be run, from the checkpoint `start` on. Raises RecipeError where another
     run's results are in it."""
     folder = plan.run
-    used = [name for name in RESULTS if (folder / name).exists()] + [p.name for p in folder.glob("checkpoint-*")]
+    replaced.put_back(folder)  # of a command that was killed
+    used = replaced.used(folder)
     if used and not (resume or overwrite):
         raise RecipeError(
             f"{show.short(str(folder))} holds another run ({used[0]})",
             "Name another output_dir, go on with --resume, or replace it with --overwrite.",
         )
-    if overwrite and not resume:
-        clear(folder)
+    if used and overwrite and not resume:
+        replaced.put_aside(folder)
     if start is None:  # what a run left that ended before its first checkpoint may be of another adapter
         shutil.rmtree(folder / manifest.BASE, ignore_errors=True)
     try:
@@ -180,28 +173,6 @@ def claim(plan: Plan, loaded: Loaded, *, start: Path | None = None, resume: bool
         manifest.write_text(folder / "recipe.yaml", loaded.dump())
     except OSError as error:
         raise MachineError(f"{folder} cannot be written: {error.strerror}", "Name another output_dir.") from error
-
-
-def clear(folder: Path) -> None:
-    """Remove what a run wrote, and nothing else: what is left of an adapter would be loaded with the next result."""
-    result = [name for path in folder.glob("checkpoint-*/manifest.json") for name in _named(path)]
-    result += ["README.md"] if finished(folder) else []
-    for name in result:
-        (folder / Path(name).name).unlink(missing_ok=True)
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
-    for name in (manifest.BASE, "tensorboard"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
-
-
-def _named(path: Path) -> list[str]:
-    """The files of a checkpoint, of which those of the model are also the run's result."""
-    try:
-        return [*json.loads(path.read_text(encoding="utf-8"))["files"]]
-    except (ValueError, KeyError, TypeError):
-        return []
 
 
 def beside(plan: Plan) -> Path:

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from finetune_cli import log
+from finetune_cli import log, replaced
 from finetune_cli.engine.contact import LOST
 from finetune_cli.engine.manifest import write_text
 from finetune_cli.engine.signals import Interrupted, Stop, exit_code
@@ -81,6 +81,8 @@ def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: 
         show({"event": "rows", **sets.summary()})
     if resume is not None:
         prepare.compare_rows(sets.train.rows, resume, anyway=anyway)
+    if log.rank() == 0:
+        replaced.let_go(plan.run)
     prepare.meet(plan, resume)
     job, progress = prepare.build(plan, words, sets, show, resume=resume, stop=stop)
     if job.world > 1:

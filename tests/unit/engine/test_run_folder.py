@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune_cli import commands, runs, worker
+from finetune_cli import commands, replaced, runs, worker
 from finetune_cli.engine import manifest
 from finetune_cli.engine.signals import Stop
 from finetune_cli.errors import DataError, MachineError, RecipeError
@@ -417,6 +417,46 @@ def test_run_folder_of_another_run_is_refused_or_replaced(recipe_of, run_here):
     assert [folder.name for folder in manifest.found(plan.run)] == ["checkpoint-1", "checkpoint-2"]
     assert json.loads((plan.run / "report.json").read_text())["steps"] == 2
     assert (plan.run / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_is_replaced_only_by_one_whose_rows_are_good(recipe_of, tmp_path):
+    """Broken rows are found when the old run is aside already: the folder is then what it was, to the byte."""
+    path = recipe_of(train={"max_steps": 1})
+    assert finetune("run", str(path), cwd=tmp_path).returncode == 0
+    run = tmp_path / "run"
+    (run / "notes.txt").write_text("mine")
+    before = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    path = recipe_of(rows=[{"messages": 3}], train={"max_steps": 2})
+    done = finetune("run", str(path), "--overwrite", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    path = recipe_of(train={"max_steps": 2})
+    assert finetune("run", str(path), "--overwrite", cwd=tmp_path).returncode == 0
+    assert json.loads((run / "report.json").read_text())["steps"] == 2
+    assert (run / "notes.txt").read_text() == "mine"
+    assert replaced.ASIDE not in names(run)
+
+
+def test_a_run_that_a_killed_command_put_aside_is_found_again(recipe_of, run_here):
+    path = recipe_of()
+    plan, _ = run_here(path)
+    before = names(plan.run)
+    replaced.put_aside(plan.run)
+    (plan.run / "plan.json").write_text("{}")
+    with pytest.raises(RecipeError, match="holds another run"):
+        run_here(path)
+    assert names(plan.run) == before
+    assert json.loads((plan.run / "plan.json").read_text())
+
+
+def test_what_was_put_aside_is_not_put_over_a_run_that_has_begun(recipe_of, run_here):
+    plan, _ = run_here(recipe_of())
+    replaced.put_aside(plan.run)
+    (plan.run / "metrics.jsonl").write_text("")
+    replaced.put_back(plan.run)
+    assert names(plan.run) >= {"metrics.jsonl"}
+    assert "report.json" not in names(plan.run)
+    assert replaced.ASIDE not in names(plan.run)
 
 
 def test_overwriting_leaves_no_adapter_beside_whole_weights(recipe_of, run_here):
