@@ -84,6 +84,14 @@ class Counts:
         return Counts(self.rows + other.rows, self.tokens + other.tokens, named)
 
 
+class Balance(NamedTuple):
+    """How unevenly a mixture of experts used them in a batch: 1 for evenly, at most their number."""
+
+    loss: "Tensor"
+    coefficient: float
+    """Its weight beside the method's loss."""
+
+
 class Scores(NamedTuple):
     """What a role says about a batch, at its supervised positions only."""
 
@@ -97,6 +105,8 @@ class Scores(NamedTuple):
     """Entropy of the prediction in nats; only on logging steps."""
     log_agreement_N: "Tensor | None" = None
     """log sum_v p_v^2: how likely two draws agree; only where the method weighs by it."""
+    balance: Balance | None = None
+    """Of a mixture of experts whose configuration asks for it, while it is trained."""
 
 
 class Rewards(NamedTuple):

@@ -14,7 +14,7 @@ from finetune_cli.engine.job import Job
 from finetune_cli.engine.manifest import PREFIX
 from finetune_cli.engine.signals import Interrupted
 from finetune_cli.engine.update import Sums, Update
-from finetune_cli.types import Counts
+from finetune_cli.types import Balance, Counts, Layout, Models, Scores
 
 
 @dataclass
@@ -108,12 +108,42 @@ def apply(job: Job, update: Update, *, measure: bool) -> tuple[float, bool]:
     """Forward, backward, and a step of the optimiser: (gradient norm, whether the step was made)."""
     for number, rows in enumerate(update.forwards):
         batch = job.batch(rows, measure=measure)
+        asked = Asked(job.models)
         with job.synchronised(last=number == len(update.forwards) - 1):
-            for loss in job.method.losses(batch, job.models, update.counts):
-                job.accelerator.backward(loss.total * job.shares)
+            for loss in job.method.losses(batch, asked, update.counts):
+                total = balanced(loss.total, asked, batch, update)
+                job.accelerator.backward(total * job.shares)
                 update.found.add(loss.metrics)
     job.sum_gradients()
     return job.pieces.step(job)
+
+
+@dataclass
+class Asked:
+    """The roles of a run, and what one of them said of the experts of its mixture."""
+
+    models: Models
+    balance: Balance | None = None
+
+    def __call__(self, role: str, batch: Any) -> Any:
+        said = self.models(role, batch)
+        if isinstance(said, Scores) and said.balance is not None:
+            self.balance = said.balance
+        return said
+
+    def take(self) -> Balance | None:
+        said, self.balance = self.balance, None
+        return said
+
+
+def balanced(total: Any, asked: Asked, batch: Layout, update: Update) -> Any:
+    """A method's loss with that of the experts beside it: a mean over forwards, each weighing as its tokens."""
+    said = asked.take()
+    if said is None:
+        return total
+    tokens = sum(row.length for row in batch.rows) if batch.counts.tokens else 0
+    update.found.add({"aux_loss": (said.loss.detach() * tokens, tokens)})
+    return total + said.coefficient * said.loss * (tokens / update.tokens)
 
 
 def train(job: Job, progress: Progress) -> Progress:
@@ -167,7 +197,8 @@ def forward(job: Job, progress: Progress, still: watch.Stillness) -> None:
     if job.reference is not None:
         job.reference.after(progress.step)
     watch.norm(job, progress, norm, job.schedule.step(progress.step - 1))
-    watch.tell(job, progress, still.look(job, learning_rate))
+    if math.isfinite(norm):  # a step that was passed over says nothing of the others
+        watch.tell(job, progress, still.look(job, learning_rate))
     if logged:
         log(job, progress, grad_norm=norm, learning_rate=learning_rate)
     job.emit({"event": "progress", "step": progress.step, "total": job.total_steps})

@@ -3,12 +3,15 @@
 Reading the head's weight outside the wrapped forward would skip DDP's reducer and every sharding hook.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune_cli.data.batches import Batch
+from finetune_cli.engine import routers
 from finetune_cli.engine.score import find_head, log_agreement, score, trunk_of
 from finetune_cli.errors import ModelError
 from finetune_cli.methods import Method
@@ -32,21 +35,32 @@ class Backbone(nn.Module):
         """The transformers model itself, under peft's wrapper where there is one; adapters are inside it."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # type: ignore[operator]
 
-    def noisy(self, batch: Batch, ids_BT: Tensor, alpha: float) -> Tensor:
+    @contextmanager
+    def noisy(self, batch: Batch, alpha: float) -> Iterator[None]:
         """Embeddings with NEFTune's noise (arXiv 2310.05914), scaled by each row's own length, whatever lies beside
-        it: uniform in +- alpha / sqrt(length x D). [B, T, D]"""
-        embeddings_BTD: Tensor = self.stock.get_input_embeddings()(ids_BT)
-        size_BT1 = alpha / (batch.seen_BT * embeddings_BTD.shape[-1]).sqrt().unsqueeze(-1)
-        noise_BTD = torch.empty_like(embeddings_BTD, dtype=torch.float32).uniform_(-1, 1) * size_BT1
-        return embeddings_BTD + noise_BTD.to(embeddings_BTD.dtype)
+        it: uniform in +- alpha / sqrt(length x D). Added to what the embedding gives, because some models read the
+        tokens elsewhere too."""
+
+        def add(_: nn.Module, __: Any, embeddings_BTD: Tensor) -> Tensor:
+            size_BT1 = alpha / (batch.seen_BT * embeddings_BTD.shape[-1]).sqrt().unsqueeze(-1)
+            noise_BTD = torch.empty_like(embeddings_BTD, dtype=torch.float32).uniform_(-1, 1) * size_BT1
+            return embeddings_BTD + noise_BTD.to(embeddings_BTD.dtype)
+
+        hook = self.stock.get_input_embeddings().register_forward_hook(add)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def trunk(self, batch: Batch, **more: Any) -> Any:
+        """What the model without its head gives."""
+        alpha = self.noise_alpha if self.training else None
+        with nullcontext() if alpha is None else self.noisy(batch, alpha):
+            return trunk_of(self.stock)(**batch.inputs(), **more)
 
     def states(self, batch: Batch, place_N: Tensor) -> Tensor:
         """Hidden states at places in the flattened tokens. [N, D]"""
-        inputs = batch.inputs()
-        if self.noise_alpha is not None and self.training:
-            inputs["inputs_embeds"] = self.noisy(batch, inputs.pop("input_ids"), self.noise_alpha)
-        out = trunk_of(self.stock)(**inputs)
-        h_ND: Tensor = out.last_hidden_state.flatten(0, 1)[place_N]
+        h_ND: Tensor = self.trunk(batch).last_hidden_state.flatten(0, 1)[place_N]
         return h_ND
 
 
@@ -57,12 +71,16 @@ class Role(Backbone):
         super().__init__(model, noise_alpha=noise_alpha)
         self.agreement = agreement
         self._head = find_head(self.stock)
+        self._routers = routers.find(self.stock)
 
     def forward(self, batch: Batch) -> Scores:
-        h_ND = self.states(batch, batch.read_N)
+        balanced = self._routers if torch.is_grad_enabled() else None
+        out = self.trunk(batch, **({} if balanced is None else {"output_router_logits": True}))
+        h_ND: Tensor = out.last_hidden_state.flatten(0, 1)[batch.read_N]
         logps_N, correct_N, entropy_N = score(self._head, h_ND, batch.label_N, measure=batch.measure)
         agreement_N = log_agreement(self._head, h_ND) if self.agreement else None
-        return Scores(logps_N, batch.owner_N, correct_N, entropy_N, agreement_N)
+        balance = None if balanced is None else balanced.balance(out.router_logits, batch)
+        return Scores(logps_N, batch.owner_N, correct_N, entropy_N, agreement_N, balance)
 
 
 class RewardRole(Backbone):

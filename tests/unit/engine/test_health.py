@@ -5,6 +5,7 @@ import math
 import random
 
 import pytest
+import torch
 
 from finetune_cli.engine.health import AT_FIRST, GROUP, GROUPS, MAX_SKIPPED, Health, counted, deviation
 from finetune_cli.engine.loop import train
@@ -199,6 +200,22 @@ def test_weights_that_do_not_move(recipe_of, job_of, monkeypatch, moves):
     train(job, progress)
     found = [(e["step"], e["rule"]) for e in events if e["event"] == "health"]
     assert found == ([] if moves else [(4, "nothing_changes")])  # three steps with a learning rate, after one without
+
+
+def test_steps_that_were_passed_over_do_not_count_as_still(recipe_of, job_of, monkeypatch):
+    events = []
+    path = recipe_of(train={"max_steps": 3}, eval={"eval_strategy": "no"}, health={"on_nan": "skip"})
+    job, progress = job_of(path, sink=events.append)
+    norms = iter([float("nan"), float("inf"), 1.0])
+
+    def clip(trained, limit):
+        for p in trained:
+            p.grad.zero_()
+        return torch.tensor(next(norms))
+
+    monkeypatch.setattr(job.accelerator, "clip_grad_norm_", clip)
+    train(job, progress)
+    assert [e["rule"] for e in events if e["event"] == "health"] == ["nan", "nan"]
 
 
 def own_answers():
