@@ -1,5 +1,6 @@
 """Adapters: attaching them, computing them at less cost, and counting what is trained."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -25,6 +26,7 @@ def attach(model: Any, lora: Lora, *, classifies: bool = False, tokens: Sequence
     told = {
         **lora.model_dump(),
         "trainable_token_indices": rows_by_layer(model, tokens, whole=lora.modules_to_save or ()),
+        "exclude_modules": text_only(lora.exclude_modules, towers(model)),
     }
     if lora.layers_to_transform is not None and lora.target_modules == "all-linear":  # peft wants names with it
         told["target_modules"] = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
@@ -37,6 +39,34 @@ def attach(model: Any, lora: Lora, *, classifies: bool = False, tokens: Sequence
             f"lora.target_modules {lora.target_modules!r} fits no layer: {error}",
             f"The linear layers of this model are called {', '.join(names)}; all-linear takes them all.",
         ) from error
+
+
+def towers(model: Any) -> list[str]:
+    """Names of the parts of a language model that see or hear. Text does not go through them: what is trained there
+    gets no gradient, which several processes would wait for."""
+    if model.config.get_text_config() is model.config:
+        return []
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    named = dict(model.named_modules())
+    path = next(name for name, module in named.items() if module is decoder)
+    found, above = [], ""
+    for step in path.split(".") if path else []:
+        beside = named[above].named_children()
+        found += [f"{above}.{name}".lstrip(".") for name, module in beside if name != step and module is not head]
+        above = f"{above}.{step}".lstrip(".")
+    return found
+
+
+def text_only(excluded: str | Sequence[str] | None, parts: Sequence[str]) -> str | list[str] | None:
+    """`lora.exclude_modules`, and these parts with all that is in them, as one pattern."""
+    if not parts:
+        return excluded if excluded is None or isinstance(excluded, str) else list(excluded)
+    patterns = [rf"({'|'.join(map(re.escape, parts))})(\..*)?"]
+    if isinstance(excluded, str):
+        patterns.append(excluded)
+    elif excluded:
+        patterns.append(rf"(.*\.)?({'|'.join(map(re.escape, excluded))})")
+    return "|".join(f"({pattern})" for pattern in patterns)
 
 
 LAYERS = "layers", "h", "blocks"

@@ -203,6 +203,7 @@ def load_policy(plan: Plan, location: Location) -> Any:
             f"{recipe.method.name} needs {'one, or a model without adapter' if classifies else 'a language model'}.",
         )
     model = load_stock(plan, location, dtype)
+    unused = lora.towers(model)
     if location.adapter is not None:
         from peft import PeftModel
 
@@ -211,7 +212,9 @@ def load_policy(plan: Plan, location: Location) -> Any:
         torch.manual_seed(recipe.seed)  # the adapters' own draw, whatever was drawn before
         tokens = lora.tokens_of(recipe, load_tokenizer(recipe.model, location)) if learns_tokens(recipe) else []
         model = lora.attach(model, recipe.lora, classifies=classifies, tokens=tokens)
-    for p in model.parameters():
+    for name, p in model.named_parameters():
+        if any(f".{part}." in f".{name}" for part in unused):
+            p.requires_grad_(False)
         if p.requires_grad:  # peft leaves modules that are trained in full as they were loaded
             p.data = p.data.float()
     lora.hasten(model, room=room_of(plan))
