@@ -157,6 +157,8 @@ class Live(TorchDispatchMode):
             held += [v for name in ("CB", "SCB") if torch.is_tensor(v := getattr(weight, name, None))]
         for tensor in [*held, *(job.reference.copies if job.reference else [])]:
             self.see(tensor)
+        for copies in filter(None, (m.__dict__.get("packed") for m in modules)):  # opaque to whoever looks for storage
+            self.bytes += sum(c.numel() * c.element_size() for c in (copies.forward, copies.backward) if c is not None)
 
     def see(self, tensor: torch.Tensor) -> None:
         if tensor.device.type == "meta" or tensor.layout != torch.strided:

@@ -298,6 +298,8 @@ def kept_by_linears(s: Setup) -> float:
                 inputs[linear.input] = linear.wide_in
             else:  # peft's chain: a copy of the input for each layer, and what dropout keeps of it
                 total += t * c * linear.wide_in * (1 + 2 * bool(s.lora.lora_dropout))
+            if s.lora.use_dora:  # what the base gives and what the adapter gives, each times the magnitudes
+                total += 2 * t * c * linear.wide_out
         elif s.trains(linear):
             total += 0 if c == WIDE else c * linear.weights
             if c == s.residual or linear.input in ("heads", "inner"):
