@@ -144,7 +144,7 @@ def continued(model: Any, prompts: Sequence[list[int]], config: Any, stop: Calla
     if config.do_sample and config.top_p == 1.0:
         drawn.append(Drawn(config.temperature))
         config = copy.deepcopy(config)
-        config.do_sample, config.temperature = False, None
+        config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
     given = {"input_ids": ids, "attention_mask": mask, "generation_config": config, "stopping_criteria": asked}
     given["logits_processor"] = drawn
     found: list[list[int]] = model.generate(**given)[:, width:].tolist()

@@ -69,7 +69,12 @@ def has_copies(model: nn.Module) -> bool:
 def fit(layer: nn.Linear) -> bool:
     weight = layer.weight
     plain = type(layer) is nn.Linear and weight.device.type == "cpu" and not weight.requires_grad
-    return plain and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return plain and weight.dtype == torch.bfloat16 and able()
+
+
+def able() -> bool:
+    """Whether this PyTorch has oneDNN, and the processor its bfloat16 products."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def same(weight_OI: Tensor) -> bool:

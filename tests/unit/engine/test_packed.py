@@ -9,11 +9,9 @@ from torch import nn
 
 from finetune_cli.engine.generate import copied
 from finetune_cli.engine.lora import drawing, hasten
-from finetune_cli.engine.packed import Packed, fit, pack, packed
+from finetune_cli.engine.packed import Packed, able, fit, pack, packed
 
-pytestmark = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bfloat16 products of oneDNN"
-)
+pytestmark = pytest.mark.skipif(not able(), reason="this processor has no bfloat16 products of oneDNN")
 ROOM = 2**20
 
 
