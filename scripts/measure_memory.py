@@ -157,8 +157,9 @@ class Live(TorchDispatchMode):
             held += [v for name in ("CB", "SCB") if torch.is_tensor(v := getattr(weight, name, None))]
         for tensor in [*held, *(job.reference.copies if job.reference else [])]:
             self.see(tensor)
-        for copies in filter(None, (m.__dict__.get("packed") for m in modules)):  # opaque to whoever looks for storage
-            self.bytes += sum(c.numel() * c.element_size() for c in (copies.forward, copies.backward) if c is not None)
+        copies = {id(c): c for m in modules if (c := m.__dict__.get("packed")) is not None}  # they show no storage
+        laid = [t for c in copies.values() for t in (c.forward, c.backward) if t is not None]
+        self.bytes += sum(t.numel() * t.element_size() for t in laid)
 
     def see(self, tensor: torch.Tensor) -> None:
         if tensor.device.type == "meta" or tensor.layout != torch.strided:

@@ -239,7 +239,9 @@ def room_for_copies(memory_gib: float | None, processes: int) -> float:
 
 def copied_bytes(s: Setup) -> float:
     """Frozen weights laid out again as a CPU multiplies with them, one way or both (`engine/packed.py`)."""
-    if s.lora is None or s.device != "cpu" or s.quantization is not None or s.frozen == WIDE or s.lora.use_dora:
+    if s.lora is None or s.lora.use_dora or s.quantization is not None or s.frozen == WIDE:
+        return 0.0
+    if s.device != "cpu" or s.checkpointing:
         return 0.0
     size = s.frozen * blocks(s.shape, s.lora) * sum(one.weights for one in s.shape.linears() if s.adapts(one))
     return float(size * min(2, s.room // size)) if size else 0.0

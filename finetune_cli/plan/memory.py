@@ -248,9 +248,10 @@ def setup(
 
 
 def room_of(plan: Plan) -> float:
-    """Bytes that a process may take for copies of frozen weights; none where weights are cut into pieces."""
+    """Bytes that a process may take for copies of frozen weights; none where weights are cut into pieces, and where
+    checkpointing says that memory is dearer than time."""
     resolved, machines = plan.resolved, plan.recipe.launch.num_machines
-    if plan.machine.device != "cpu" or resolved.strategy != "ddp":
+    if plan.machine.device != "cpu" or resolved.strategy != "ddp" or resolved.gradient_checkpointing:
         return 0.0
     return room_for_copies(plan.machine.memory_gib, resolved.num_processes // machines)
 

@@ -96,6 +96,26 @@ def test_the_parts_of_an_8b_model():
     assert full["trained weights"] + full["gradients"] + full["optimiser state"] == 16 * 8_030_261_248
 
 
+def test_copies_of_frozen_weights_are_those_that_there_is_room_for():
+    weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+
+    def copied(**other):
+        return footprint.copied_bytes(llama_8b(**{"device": "cpu", "checkpointing": False, "room": 1e12} | other))
+
+    assert copied() == 2 * 2 * weights
+    assert copied(room=3.9 * weights) == 2 * weights
+    assert copied(room=1.9 * weights) == 0
+    assert copied(lora=Lora(target_modules=["q_proj"])) == 2 * 2 * 32 * 4096 * 4096
+    for other in (
+        {"device": "cuda"}, {"checkpointing": True}, {"frozen": 4}, {"lora": None}, {"lora": Lora(use_dora=True)},
+        {"quantization": Quantization(load_in_4bit=True)},
+    ):  # fmt: skip
+        assert copied(**other) == 0, other
+    assert footprint.room_for_copies(64.0, 1) == 2 * footprint.GIB
+    assert footprint.room_for_copies(8.0, 2) == footprint.GIB / 2
+    assert footprint.room_for_copies(None, 1) == 0
+
+
 def test_it_says_where_it_fits():
     assert 24 in memory.fits(memory.estimate(llama_8b()).gib)
     assert memory.fits(memory.estimate(llama_8b(quantization=Quantization(load_in_4bit=True))).gib)[0] == 12
