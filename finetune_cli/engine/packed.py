@@ -74,7 +74,7 @@ def fit(layer: nn.Linear) -> bool:
 
 def able() -> bool:
     """Whether this PyTorch has oneDNN, and the processor its bfloat16 products."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def same(weight_OI: Tensor) -> bool:

@@ -195,7 +195,7 @@ def exactly(dtype: torch.dtype) -> Iterator[None]:
     but the time, a third less (PyTorch has no product of bfloat16 factors with a float32 result on CPUs)."""
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set on the module from outside
     before = setting.fp32_precision
-    if dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+    if dtype == torch.bfloat16 and torch._C._has_mkldnn:
         setting.fp32_precision = "bf16"
     try:
         yield
