@@ -47,9 +47,12 @@ def run(plan: Plan, loaded: Loaded, options: Options) -> int:
         return 0
     if not keeps:
         return begin(plan, resumed(plan, options, mend=False) if options.resume else None, options, None)
-    with locked(plan.run) if alone or log.rank() == 0 else nullcontext() as lock:
+    first = alone or log.rank() == 0
+    with locked(plan.run) if first else nullcontext() as lock:
+        if first and replaced.put_back(plan.run) and options.resume and ended(plan):  # of a command that was killed
+            show.err.print(f"{plan.run} is finished; nothing is left to resume")
+            return 0
         start = resumed(plan, options, mend=log.rank() == 0) if options.resume else None
-        first = alone or log.rank() == 0
         with put_back(plan.run, start) if first else nullcontext(), replaced.kept(plan.run) if first else nullcontext():
             if first:
                 claim(plan, loaded, start=start, resume=options.resume, overwrite=options.overwrite)
@@ -154,18 +157,17 @@ def claim(plan: Plan, loaded: Loaded, *, start: Path | None = None, resume: bool
     """Make the run folder, and write what will be run, from the checkpoint `start` on. Raises RecipeError where another
     run's results are in it."""
     folder = plan.run
-    replaced.put_back(folder)  # of a command that was killed
     used = replaced.used(folder)
     if used and not (resume or overwrite):
         raise RecipeError(
             f"{show.short(str(folder))} holds another run ({used[0]})",
             "Name another output_dir, go on with --resume, or replace it with --overwrite.",
         )
-    if used and overwrite and not resume:
-        replaced.put_aside(folder)
-    if start is None:  # what a run left that ended before its first checkpoint may be of another adapter
-        shutil.rmtree(folder / manifest.BASE, ignore_errors=True)
     try:
+        if used and overwrite and not resume:
+            replaced.put_aside(folder)
+        if start is None:  # what a run left that ended before its first checkpoint may be of another adapter
+            shutil.rmtree(folder / manifest.BASE, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("error.json", "report.json"):
             (folder / name).unlink(missing_ok=True)
@@ -223,7 +225,8 @@ def told(plan: Plan, code: int, options: Options) -> int:
 
 
 def tell_how_to_go_on(plan: Plan, code: int, options: Options) -> None:
-    again = shlex.join([*options.again, "--resume"])
+    """Before the rows were known to be good the run that was to be replaced is there again."""
+    again = shlex.join([*options.again, "--overwrite" if replaced.waits(plan.run) else "--resume"])
     if options.as_json:
         show.to_stdout({"event": "interrupted", "exit_code": code, "run": str(plan.run), "resume": again})
     else:

@@ -2,14 +2,15 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
 from finetune_cli.engine.lora import bare, drawing
-from finetune_cli.engine.packed import Packed, fit, has_copies
+from finetune_cli.engine.packed import Packed, copied_bytes, fit
+from finetune_cli.errors import TrainError
 from finetune_cli.types import Prompt
 
 BATCH = 50
@@ -107,16 +108,17 @@ def whole_states(model: Any) -> Iterator[None]:
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
     try:
-        with copied(head) if has_copies(model) else nullcontext():
+        with copied(head, room=copied_bytes(model)):
             yield
     finally:
         hook.remove()
 
 
 @contextmanager
-def copied(head: Any) -> Iterator[None]:
-    """The head with a copy of its weight for the processor's products (`engine/packed.py`), for this time alone."""
-    if not fit(head):
+def copied(head: Any, *, room: int) -> Iterator[None]:
+    """The head with a copy of its weight for the processor's products (`engine/packed.py`), for this time alone: where
+    it takes at most as much as those of the layers."""
+    if not fit(head) or head.weight.numel() * head.weight.element_size() > room:
         yield
         return
     head.packed = Packed(head.weight, both=False)
@@ -164,6 +166,8 @@ class Drawn:
     def __call__(self, _: torch.Tensor, scores_RV: torch.Tensor) -> torch.Tensor:
         p_RV = torch.softmax(scores_RV.float() / self.temperature, -1)
         upto_RV = p_RV.cumsum(-1, dtype=torch.float64)
+        if not torch.isfinite(upto_RV[:, -1]).all():
+            raise TrainError("the model's logits are not finite", "Lower train.learning_rate.")
         at_R1 = torch.rand(len(p_RV), 1, dtype=torch.float64, device=p_RV.device) * upto_RV[:, -1:]
         token_R1 = torch.searchsorted(upto_RV, at_R1, right=True)  # the first that reaches beyond it
         return torch.full_like(scores_RV, -torch.inf).scatter_(1, token_R1.clamp_max_(p_RV.shape[1] - 1), 0.0)

@@ -44,16 +44,14 @@ def attach(model: Any, lora: Lora, *, classifies: bool = False, tokens: Sequence
 def towers(model: Any) -> list[str]:
     """Names of the parts of a language model that see or hear. Text does not go through them: what is trained there
     gets no gradient, which several processes would wait for."""
-    if model.config.get_text_config() is model.config:
+    if model.config.get_text_config() is model.config or model.config.is_encoder_decoder:
         return []
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    named = dict(model.named_modules())
+    decoder, named = model.get_decoder(), dict(model.named_modules())
     path = next(name for name, module in named.items() if module is decoder)
-    found, above = [], ""
-    for step in path.split(".") if path else []:
-        beside = named[above].named_children()
-        found += [f"{above}.{name}".lstrip(".") for name, module in beside if name != step and module is not head]
-        above = f"{above}.{step}".lstrip(".")
+    steps, found = path.split("."), []
+    for depth in range(1, len(steps)):  # beside the trunk itself are only heads
+        above = ".".join(steps[:depth])
+        found += [f"{above}.{name}" for name, _ in named[above].named_children() if name != steps[depth]]
     return found
 
 
@@ -234,6 +232,15 @@ class Fast:
         y: Tensor = made(x, *weights, self.base_layer, self.scaling[name])
         return y
 
+    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+        """peft writes into the base's weight past all that would tell of it."""
+        self.base_layer.__dict__.pop("packed", None)
+        super().merge(*args, **kwargs)  # type: ignore[misc]
+
+    def unmerge(self: Any) -> None:
+        self.base_layer.__dict__.pop("packed", None)
+        super().unmerge()  # type: ignore[misc]
+
     def _plain(self: Any, kwargs: Any) -> str | None:
         """The active adapter, where it is the only one, plain LoRA, not merged, and drops nothing out."""
         active = [name for name in self.active_adapters if name in self.lora_A]
@@ -262,5 +269,4 @@ def hasten(model: nn.Module, *, room: float = 0.0) -> None:
         ):
             layer.__class__ = fast(type(layer))  # type: ignore[arg-type]
             able += [] if layer.lora_variant else [base]
-    if room:
-        pack(able, room)
+    pack(able, room)

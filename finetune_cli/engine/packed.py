@@ -5,7 +5,7 @@ is more than half of the time; of some thousand, five to ten percent. The sums a
 """
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,12 @@ class Packed:
         self.forward = _reordered(weight_OI.detach())
         self.backward = _reordered(weight_OI.detach().T.contiguous()) if both else None
 
-    def __deepcopy__(self, memo: Any) -> Self:
-        return self  # the copied layer's weight lies elsewhere, see `packed`
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copied layer has a weight of its own, and no copies of it."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.forward, self.backward) if x is not None)
 
     def fits(self, weight_OI: Tensor) -> bool:
         """Whether the weight is still the one that was laid out."""
@@ -53,17 +57,21 @@ def times(x_TI: Tensor, copy: Tensor, bias_O: Tensor | None = None) -> Tensor:
 @torch.no_grad()
 def pack(layers: Iterable[nn.Linear], room: float) -> None:
     """Give frozen bfloat16 layers on a CPU their copies: both, or the first alone, as all of them fit into `room`
-    bytes."""
-    able = [layer for layer in layers if fit(layer)]
-    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in able)
-    if not able or size > room or not same(able[0].weight):
+    bytes. Copies of before are forgotten."""
+    quick = []
+    for layer in layers:
+        layer.__dict__.pop("packed", None)
+        quick += [layer] if fit(layer) else []
+    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in quick)
+    if not quick or size > room or not same(quick[0].weight):
         return
-    for layer in able:
+    for layer in quick:
         layer.__dict__["packed"] = Packed(layer.weight, both=2 * size <= room)
 
 
-def has_copies(model: nn.Module) -> bool:
-    return any("packed" in layer.__dict__ for layer in model.modules())
+def copied_bytes(model: nn.Module) -> int:
+    """Of all copies in a model."""
+    return sum(found.bytes for layer in model.modules() if (found := layer.__dict__.get("packed")) is not None)
 
 
 def fit(layer: nn.Linear) -> bool:

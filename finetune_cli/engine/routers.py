@@ -14,7 +14,10 @@ from finetune_cli.types import Balance
 FUNCTION = "load_balancing_loss_func"
 """As every mixture of transformers calls its own."""
 
-NUMBERS = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+NUMBERS = ("num_experts", "num_experts_per_tok")
+"""Attributes of a model."""
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+"""Names in configurations."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +30,24 @@ class Routers:
     """Experts of a token."""
     coefficient: float
 
-    def balance(self, logits: Any, batch: Batch) -> Balance:
-        """Of the routers' logits, one tensor [tokens, experts] a layer. Each token of the batch counts once, padding
-        never."""
+    def balance(self, logits: Any, batch: Batch) -> Balance | None:
+        """Of the routers' logits, one tensor [tokens, experts] a layer; None of a model whose layers all are dense.
+        Each token of the batch counts once, padding never."""
+        if not logits:
+            return None
         mask = None if batch.segments is not None else batch.mask_BT
         return Balance(self.function(logits, self.experts, self.chosen, mask), self.coefficient)
 
 
 def find(model: Any) -> Routers | None:
-    """Those of a language model whose configuration asks for the loss (`output_router_logits`).
+    """Those of a language model whose configuration asks for the loss (`output_router_logits`) and weighs it.
 
     Raises ModelError where it does and the model's way of computing it is not known.
     """
     config = model.config.get_text_config()
-    if not getattr(config, "output_router_logits", False):
+    weights = (getattr(config, name, None) for name in COEFFICIENTS)
+    coefficient = next((float(weight) for weight in weights if weight), 0.0)
+    if not getattr(config, "output_router_logits", False) or not coefficient:
         return None
     function = getattr(sys.modules[type(model).__module__], FUNCTION, None)
     told: list[Any] = [getattr(model, name, None) for name in NUMBERS]
@@ -49,5 +56,5 @@ def find(model: Any) -> Routers | None:
             f"{type(model).__name__} asks for an auxiliary loss (output_router_logits) that this version does not know",
             "Set output_router_logits to false in the model's config.json, or report the model.",
         )
-    experts, chosen, coefficient = told
-    return Routers(function, experts, chosen, float(coefficient)) if coefficient else None
+    experts, chosen = told
+    return Routers(function, experts, chosen, coefficient)

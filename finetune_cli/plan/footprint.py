@@ -347,4 +347,8 @@ def drawing(s: Setup) -> float:
     cache = 2 * c * shape.layers * shape.keys * n * (s.drawn.prompt + s.drawn.new)
     prompts = c * n * s.drawn.prompt * (2 * shape.hidden + 3 * shape.inner * shape.active)
     copies = 0 if s.full else c * policy_weights(s)
+    head = (
+        c * shape.embedding
+    )  # laid out for the time of drawing, where it takes no more than the layers (`generate.py`)
+    copies += head if head <= copied_bytes(s) else 0
     return cache + max(prompts, n * shape.vocabulary * (c + 3 * WIDE)) + copies

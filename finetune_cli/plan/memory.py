@@ -253,6 +253,8 @@ def room_of(plan: Plan) -> float:
     resolved, machines = plan.resolved, plan.recipe.launch.num_machines
     if plan.machine.device != "cpu" or resolved.strategy != "ddp" or resolved.gradient_checkpointing:
         return 0.0
+    if resolved.dtype != "bfloat16" or not plan.machine.cpu_bf16:
+        return 0.0
     return room_for_copies(plan.machine.memory_gib, resolved.num_processes // machines)
 
 

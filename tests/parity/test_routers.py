@@ -96,10 +96,17 @@ def test_a_model_that_does_not_ask_for_it_gets_none(mixture):
     assert routers.find(model).coefficient == COEFFICIENT
     model.config.output_router_logits = False
     assert routers.find(model) is None
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.0
+    assert routers.find(model) is None
+
+
+def test_a_mixture_without_a_layer_of_experts_has_nothing_to_balance(mixture):
+    found = routers.find(AutoModelForCausalLM.from_pretrained(mixture))
+    assert found.balance((), batch=None) is None
 
 
 def test_a_way_that_is_not_known_is_told(mixture):
     model = AutoModelForCausalLM.from_pretrained(mixture)
-    del model.router_aux_loss_coef
+    del model.num_experts
     with pytest.raises(ModelError, match="output_router_logits"):
         routers.find(model)

@@ -1,5 +1,6 @@
 """Batched answers are those of one prompt at a time, in the order of the prompts, and cost no random number."""
 
+import math
 import random
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from finetune_cli.engine import generate
 from finetune_cli.engine.generate import Drawn, answers
 from finetune_cli.engine.layout import use_tree
+from finetune_cli.errors import TrainError
 from finetune_cli.types import Prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -159,3 +161,8 @@ def test_a_drawn_token_has_its_probability_and_an_impossible_one_never_comes():
         wanted = p ** (1 / temperature)
         torch.testing.assert_close(share, wanted / wanted.sum(), atol=0.008, rtol=0)
         assert share[1] == 0
+
+
+def test_logits_that_are_no_numbers_are_told():
+    with pytest.raises(TrainError, match="not finite"):
+        Drawn(1.0)(torch.empty(0), torch.tensor([[0.0, 1.0], [math.nan, 0.0]]))

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from finetune_cli.engine import lora
 from finetune_cli.recipe.sections import Lora
@@ -43,6 +43,14 @@ def test_adapters_are_on_the_text_model_alone(targets, excluded, seeing):
     ids = torch.tensor([[3, 5, 7, 11]])
     model(input_ids=ids, labels=ids, token_type_ids=torch.zeros_like(ids)).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_head_of_a_classifier_is_no_tower():
+    config = AutoConfig.for_model("gemma3", text_config=TEXT, vision_config=VISION, mm_tokens_per_image=4, num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    assert lora.towers(model) == ["model.vision_tower", "model.multi_modal_projector"]
+    adapted = lora.attach(model, Lora(), classifies=True)
+    assert any("score" in name and p.requires_grad for name, p in adapted.named_parameters())
 
 
 def test_a_model_that_only_reads_has_no_towers():

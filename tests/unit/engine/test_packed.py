@@ -94,6 +94,22 @@ def test_a_weight_that_has_changed_is_used_as_it_is_now():
     assert all_equal(run(plain, x), run(quick, x))
 
 
+def test_merging_forgets_the_copies():
+    """peft adds to the weight past all that would tell of it."""
+    plain, quick = models()
+    x = torch.randn(5, 32).bfloat16()
+    for step in ("merge_adapter", "unmerge_adapter"):
+        for model in (plain, quick):
+            getattr(model, step)()
+        assert not any("packed" in layer.__dict__ for layer in layers(quick))
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(plain(x), quick(x))
+    pack(layers(quick), ROOM)
+    assert all(packed(layer, torch.bfloat16) for layer in layers(quick))
+    pack(layers(quick), 0.0)
+    assert not any("packed" in layer.__dict__ for layer in layers(quick))
+
+
 def test_a_copy_of_the_model_has_no_copies_and_computes_the_same():
     _, quick = models()
     other = copy.deepcopy(quick)
@@ -125,7 +141,9 @@ def test_a_head_has_its_copy_for_a_while():
     x, before = torch.randn(3, 1, 32).bfloat16(), head.forward
     with torch.no_grad():
         wanted = head(x)
-        with copied(head):
+        with copied(head, room=2 * head.weight.numel() - 1):
+            assert "packed" not in head.__dict__
+        with copied(head, room=2 * head.weight.numel()):
             assert isinstance(head.packed, Packed)
             assert torch.equal(head(x), wanted)
         assert head.forward == before

@@ -1,5 +1,6 @@
 """The run folder that people script against: what is in it, what it says, how it is gone on with."""
 
+import errno
 import json
 import math
 import os
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -425,11 +428,11 @@ def test_a_run_is_replaced_only_by_one_whose_rows_are_good(recipe_of, tmp_path):
     assert finetune("run", str(path), cwd=tmp_path).returncode == 0
     run = tmp_path / "run"
     (run / "notes.txt").write_text("mine")
-    before = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    before = content(run)
     path = recipe_of(rows=[{"messages": 3}], train={"max_steps": 2})
     done = finetune("run", str(path), "--overwrite", cwd=tmp_path)
     assert done.returncode == 3, done.stderr
-    assert {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert content(run) == before
     path = recipe_of(train={"max_steps": 2})
     assert finetune("run", str(path), "--overwrite", cwd=tmp_path).returncode == 0
     assert json.loads((run / "report.json").read_text())["steps"] == 2
@@ -437,26 +440,95 @@ def test_a_run_is_replaced_only_by_one_whose_rows_are_good(recipe_of, tmp_path):
     assert replaced.ASIDE not in names(run)
 
 
-def test_a_run_that_a_killed_command_put_aside_is_found_again(recipe_of, run_here):
-    path = recipe_of()
-    plan, _ = run_here(path)
-    before = names(plan.run)
-    replaced.put_aside(plan.run)
-    (plan.run / "plan.json").write_text("{}")
-    with pytest.raises(RecipeError, match="holds another run"):
-        run_here(path)
-    assert names(plan.run) == before
-    assert json.loads((plan.run / "plan.json").read_text())
+class Killed(BaseException):
+    """In place of SIGKILL."""
 
 
-def test_what_was_put_aside_is_not_put_over_a_run_that_has_begun(recipe_of, run_here):
-    plan, _ = run_here(recipe_of())
-    replaced.put_aside(plan.run)
-    (plan.run / "metrics.jsonl").write_text("")
-    replaced.put_back(plan.run)
-    assert names(plan.run) >= {"metrics.jsonl"}
-    assert "report.json" not in names(plan.run)
-    assert replaced.ASIDE not in names(plan.run)
+def cut_after(monkeypatch, many):
+    """The move of a path after `many` of them is never done, nor any that follows."""
+    real, done = Path.rename, []
+
+    def rename(path, target):
+        done.append(path)
+        if len(done) > many:
+            raise Killed
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+
+
+def content(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def finished_run(recipe_of, run_here):
+    plan, _ = run_here(recipe_of(train={"max_steps": 1}))
+    (plan.run / "notes.txt").write_text("mine")
+    return plan.run
+
+
+def test_killed_at_any_move_the_run_comes_back_whole(finished_run, monkeypatch, tmp_path):
+    """On its way aside, and again on its way back."""
+    before, moves = content(finished_run), len(replaced.written(finished_run)) + 1
+    assert moves > 8
+    for cut in range(moves):
+        with monkeypatch.context() as patch:
+            cut_after(patch, cut)
+            with pytest.raises(Killed):
+                replaced.put_aside(finished_run)
+        with monkeypatch.context() as patch, suppress(Killed):
+            cut_after(patch, cut // 2)
+            replaced.put_back(finished_run)
+        replaced.put_back(finished_run)
+        assert content(finished_run) == before, cut
+    for cut in range(moves):
+        replaced.put_aside(finished_run)
+        (finished_run / "plan.json").write_text("that of the successor")
+        with monkeypatch.context() as patch:
+            cut_after(patch, cut)
+            with pytest.raises(Killed):
+                replaced.put_back(finished_run)
+        assert replaced.put_back(finished_run)
+        assert content(finished_run) == before, cut
+    assert not replaced.put_back(finished_run)
+
+
+def test_a_file_that_cannot_be_moved_leaves_all_as_it_was(finished_run, monkeypatch):
+    before, real = content(finished_run), Path.rename
+
+    def rename(path, target):
+        if path.name == "report.json" and path.parent == finished_run:
+            raise OSError(errno.EBUSY, "in use")
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(OSError, match="in use"):
+            replaced.put_aside(finished_run)
+    assert content(finished_run) == before
+
+
+def test_what_was_let_go_does_not_come_back(finished_run, monkeypatch):
+    replaced.put_aside(finished_run)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            replaced.let_go(finished_run)
+    assert not replaced.waits(finished_run)
+    assert not replaced.put_back(finished_run)
+    assert names(finished_run) == {"notes.txt"}
+
+
+def test_resume_after_a_killed_overwrite_is_of_the_run_that_was_there(finished_run, recipe_of, capsys):
+    """It is finished: nothing is trained over it."""
+    before = content(finished_run)
+    plan, loaded, _ = commands.planned(recipe_of(train={"max_steps": 1}), [])
+    replaced.put_aside(finished_run)
+    (finished_run / "plan.json").write_text(plan.model_dump_json())
+    assert runs.run(plan, loaded, runs.Options(resume=True)) == 0
+    assert "nothing is left to resume" in capsys.readouterr().err
+    assert {name: text for name, text in content(finished_run).items() if name in before} == before
 
 
 def test_overwriting_leaves_no_adapter_beside_whole_weights(recipe_of, run_here):
