@@ -54,9 +54,21 @@ def tiny_of(name: str, folder: Path) -> Path:
     return folder
 
 
-def run_here(path: Path, model: Path, output: Path) -> dict[str, Any]:
+DISTINCT = "def distinct(prompts, responses, rows):\n    return [float(len(set(r))) for r in responses]\n"
+
+
+def unalike(one: zoo.Entry, folder: Path) -> tuple[str, ...]:
+    """Beside a function of a recipe's own, which gives short random answers all the same, one that tells them apart."""
+    if one.method != "ppo":
+        return ()
+    (folder / "distinct.py").write_text(DISTINCT)
+    own = [str(one.path.parent / reward.source) for reward in one.loaded.recipe.method.reward]
+    return (f"method.reward={json.dumps([*own, f'{folder}/distinct.py:distinct'])}",)
+
+
+def run_here(path: Path, model: Path, output: Path, *more: str) -> dict[str, Any]:
     """Three steps in this process; report.json."""
-    overrides = [f"name_or_path={model}", f"output_dir={output}", *SMALL]
+    overrides = [f"name_or_path={model}", f"output_dir={output}", *SMALL, *more]
     plan, loaded, _ = commands.planned(path, overrides)
     runs.claim(plan, loaded, resume=False, overwrite=False)
     worker.work(plan, Stop(), resume=None, anyway=False, as_json=False)
@@ -87,7 +99,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @EACH
 def test_three_steps_on_a_tiny_model_of_its_family(one, started, tmp_path, monkeypatch, one_thread):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    report = run_here(one.path, started(one), tmp_path / "run")
+    report = run_here(one.path, started(one), tmp_path / "run", *unalike(one, tmp_path))
     assert (report["steps"], report["method"], report["status"]) == (3, one.method, "finished")
     lines = [line for line in journal(tmp_path / "run") if line["event"] == "train"]
     assert [line["step"] for line in lines] == [1, 2, 3]
