@@ -289,26 +289,24 @@ def sft_held(inputs: Mapping[str, Any]) -> tuple[list[int], int]:
 # ── pairs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def chat_pairs(count: int, *, scale: float = 1.0) -> list[Record]:
-    """Questions of 60 to 600 words with two answers of about 320 each, as texts: the lengths of chat preferences."""
-    draw = random.Random(f"pairs {SEED}")
-    rows = []
-    for _ in range(count):
-        asked = f"### Instruction:\n{sentence(draw, round(draw.randint(60, 600) * scale))}\n\n### Response:\n"
-        chosen, rejected = (sentence(draw, max(2, round(draw.randint(240, 400) * scale))) for _ in range(2))
-        rows.append({"prompt": asked, "chosen": chosen, "rejected": rejected})
-    return rows
-
-
+PAIR_ANSWER_TOKENS = (1, 22, 120, 320, 451, 641, 909)
+"""Tokens of the 300 answers of 150 real pairs of conversations, by SmolLM2's tokenizer, at `QUANTILES`."""
 WHOLE = 890
 """Words of a prompt with an answer that are fewer than 1024 tokens."""
 
 
-def whole_pairs(count: int, *, scale: float = 1.0) -> list[Record]:
-    """Those that nobody need cut: of a longer pair TRL's reward trainer learns nothing, and ours what is left of it."""
-    pairs = chat_pairs(2 * count, scale=scale)
-    sides = ([row["prompt"] + row[key] for key in ("chosen", "rejected")] for row in pairs)
-    return [row for row, texts in zip(pairs, sides, strict=True) if max(len(t.split()) for t in texts) <= WHOLE][:count]
+def chat_pairs(count: int, *, scale: float = 1.0) -> list[Record]:
+    """Questions of 60 to 600 words with two answers, as texts, the answers as long as real ones are. Pairs that nobody
+    need cut: of a longer one TRL's reward trainer learns nothing, and ours what is left of it."""
+    draw = random.Random(f"pairs {SEED}")
+    rows: list[Record] = []
+    while len(rows) < count:
+        asked = f"### Instruction:\n{sentence(draw, round(draw.randint(60, 600) * scale))}\n\n### Response:\n"
+        lengths = [max(2, round(words(draw, PAIR_ANSWER_TOKENS) * scale)) for _ in range(2)]
+        chosen, rejected = (sentence(draw, length) for length in lengths)
+        if len(asked.split()) + max(lengths) <= WHOLE:
+            rows.append({"prompt": asked, "chosen": chosen, "rejected": rejected})
+    return rows
 
 
 def pair_row(raw: Mapping[str, Any]) -> Record:
@@ -383,7 +381,7 @@ SETS = {
     "dpo": pair_set("dpo", precompute_ref_log_probs=False),  # the reference pass inside the step, as TRL has it
     "dpo-warm": replace(pair_set("dpo", precompute_ref_log_probs=True), warm=True),
     "orpo": pair_set("orpo"),
-    "reward": replace(pair_set("reward"), synthetic=whole_pairs),
+    "reward": pair_set("reward"),
 }
 
 
