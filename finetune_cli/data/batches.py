@@ -31,8 +31,8 @@ class Segments:
     backend: str = "sdpa"
     seen: int = 0
     """Attention calls that it reached; doubles where layers run again in backward."""
-    hidden: dict[Any, Tensor] = field(default_factory=dict)
-    """What is added to the scores of a block of queries, by its shape and rule; made once a batch."""
+    made: dict[Any, Any] = field(default_factory=dict)
+    """What attention made of them for all its layers."""
     _varlen: tuple[Tensor, Tensor, Tensor, int, int] | None = None
 
     def varlen(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:

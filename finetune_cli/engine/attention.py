@@ -16,7 +16,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from finetune_cli.data.batches import Segments
-from finetune_cli.engine.written import Rule, WrittenOut, causal_mask
+from finetune_cli.engine.parts import Rule, causal_mask
+from finetune_cli.engine.written import WrittenOut
 
 NAME = "segments"
 """transformers branches on names that contain flash, sdpa or flex; this one does not."""
@@ -153,7 +154,7 @@ def by_segment(
             k, v = torch.cat([keys[back], k], 2), torch.cat([values[back], v], 2)
         mask = None
         if q.shape[2] != k.shape[2] or 0 < local < k.shape[2]:
-            mask = causal_mask(q.shape[2], k.shape[2], local, chunked=chunked, device=q.device)
+            mask = causal_mask(q.shape[2], k.shape[2], Rule(local, chunked), device=q.device)
         outs.append(attend(q, k, v, mask, mask is None, *rest))
     return torch.cat(outs, 2).transpose(1, 2).contiguous()
 

@@ -28,6 +28,7 @@ from finetune_cli.engine.rollout import Generator, Local, without_stop
 from finetune_cli.engine.update import Sums, Update
 from finetune_cli.errors import RecipeError
 from finetune_cli.methods.online import Credit, Online, Rollout
+from finetune_cli.plan.memory import scored_once
 from finetune_cli.types import Branch, Counts, Prompt, Row
 
 if TYPE_CHECKING:
@@ -54,6 +55,16 @@ class Experience:
     told: bool = False
     """Whether it has been said why the first ratio is not 1."""
 
+    @property
+    def scored_once(self) -> bool:
+        """Whether the forwards that score answers are the first update's as well."""
+        return scored_once(self.job.plan) and not self.drops
+
+    @property
+    def drops(self) -> bool:
+        """Whether the policy is another while it is trained."""
+        return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.actor.modules())
+
     # ── roles ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def ask(self, role: str, batch: Batch) -> Any:
@@ -75,12 +86,13 @@ class Experience:
 
     # ── a step ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def updates(self, step: int, sums: Sums) -> Iterator[Update]:
+    def updates(self, step: int, sums: Sums, *, measure: bool = False) -> Iterator[Update]:
         """The optimiser updates of a step. Collective; logs into `sums`."""
         method, job = self.method, self.job
         parts = [list(self.forwards(step, part)) for part in range(method.parts)]
         answered = self.answer([rows for part in parts for rows in part], step)
-        scored = iter(self.credited(answered, sums, first=step == 0))
+        kept = Kept(measure) if self.scored_once and len([*filter(None, answered)]) == 1 else None
+        scored = iter(self.credited(answered, sums, first=step == 0, kept=kept))
         window = [[next(scored) for _ in part] for part in parts]
         counts, tokens = self.counts(window)
         for epoch in range(method.epochs):
@@ -88,7 +100,8 @@ class Experience:
             random.Random(f"updates {job.recipe.seed} {step} {epoch}").shuffle(order)
             for number, part in enumerate(order):
                 forwards = [rows for rows in window[part] if rows] or [[self.silent()]]
-                update = Update(forwards, counts[part], tokens[part])
+                first = kept.said if kept is not None and epoch == number == 0 else {}
+                update = Update(forwards, counts[part], tokens[part], first)
                 yield update
                 if epoch == number == 0:
                     self.check_ratio(update, step)
@@ -129,7 +142,9 @@ class Experience:
         return [replace(row, branches=(answer,) * self.method.num_generations) for row in rows]
 
     @torch.no_grad()
-    def credited(self, forwards: Sequence[list[Row]], sums: Sums, *, first: bool = False) -> list[list[Row]]:
+    def credited(
+        self, forwards: Sequence[list[Row]], sums: Sums, *, first: bool = False, kept: "Kept | None" = None
+    ) -> list[list[Row]]:
         """The same rows with what each token is worth; `first` of a run, the critic is told the mean of that."""
         rows = [row for some in forwards for row in some]
         scores = self.scores(rows, None)
@@ -141,7 +156,7 @@ class Experience:
             total, count = self.job.sum_over_processes(torch.stack([paid_R.sum(), ended_R.new_tensor(len(ended))]))
             self.actor.expect(total / max(1.0, count))
         logps, ref_logps, values = (
-            ragged(self.column(forwards, role), lengths) for role in ("policy", "reference", "value")
+            ragged(self.column(forwards, role, kept), lengths) for role in ("policy", "reference", "value")
         )
         mask = ragged(torch.ones(sum(lengths)), lengths)
         group = self.method.num_generations
@@ -152,14 +167,20 @@ class Experience:
         worth = iter(worth_of(credit, lengths))
         return [[with_numbers(row, worth) for row in some] for some in forwards]
 
-    def column(self, forwards: Sequence[list[Row]], role: str) -> Tensor:
-        """A number for each token of every answer, by a role that does not learn from it here."""
+    def column(self, forwards: Sequence[list[Row]], role: str, kept: "Kept | None") -> Tensor:
+        """A number for each token of every answer, by a role; what it said is `kept` with its graph if it will learn
+        from that."""
+        keeps = kept is not None and role != "reference"
         training = self.actor.training
-        self.actor.eval()
+        self.actor.train(training and keeps)
         found = [torch.zeros(0)]
         for rows in filter(None, forwards):
-            said = self.ask(role, self.job.batch(rows, measure=False))
-            found.append((said if isinstance(said, Tensor) else said.logps_N).float().cpu())
+            batch = self.job.batch(rows, measure=keeps and kept.measure)
+            with torch.set_grad_enabled(keeps):
+                said = self.ask(role, batch)
+            if keeps:
+                kept.said[role] = said
+            found.append((said if isinstance(said, Tensor) else said.logps_N).detach().float().cpu())
         self.actor.train(training)
         return torch.cat(found)
 
@@ -221,11 +242,10 @@ class Experience:
         if self.told or off <= EXACT:
             return
         self.told = True
-        drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.actor.modules())
         precision = self.job.plan.resolved.precision
         why = (
             "dropout changes the policy between scoring and training; set lora.lora_dropout: 0"
-            if drops
+            if self.drops
             else f"the forward that trains rounds otherwise than the one that scored ({precision})"
         )
         said = f"the first update's ratio is off 1 by {off:.2g} (root mean square): {why}"
@@ -291,6 +311,15 @@ class Experience:
             Judged(self.text(ids), len(ids), self.method.paid(score, ended=ids[-1] in self.stop_ids))
             for ids, score in zip(drawn, self.summed(scores), strict=True)
         ]
+
+
+@dataclass
+class Kept:
+    """What roles said of the one forward of a step when its answers were scored, with their graphs."""
+
+    measure: bool
+    """Whether entropy is measured on the way."""
+    said: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def answers(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0] if stop_ids else 0
     ends = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": list(stop_ids) or None}
     config = GenerationConfig(**ends, **drawn)
-    with torch.random.fork_rng(devices=_cuda()), half_copies(model), drawing(model), whole_states(model), ready(model):
+    with torch.random.fork_rng(devices=_cuda()), half_copies(model), ready(model), drawing(model), whole_states(model):
         torch.manual_seed(seed)
         for start in range(0, len(order), BATCH):
             if stop():

@@ -80,7 +80,7 @@ def optimiser_step(job: Job, step: int, *, measure: bool, sums: Sums) -> tuple[f
     update whose gradient is not finite changes nothing and is the last; what it computed is not in the sums where it
     is not finite."""
     norms, counts, tokens, moved = [0.0], Counts(0, 0), 0, False
-    updates = drawn(job, step) if job.experience is None else job.experience.updates(step, sums)
+    updates = drawn(job, step) if job.experience is None else job.experience.updates(step, sums, measure=measure)
     for update in updates:
         norm, stepped = apply(job, update, measure=measure)
         if math.isfinite(norm) or all(job.gather(update.found.finite())):  # the norm is the same in every process
@@ -108,7 +108,7 @@ def apply(job: Job, update: Update, *, measure: bool) -> tuple[float, bool]:
     """Forward, backward, and a step of the optimiser: (gradient norm, whether the step was made)."""
     for number, rows in enumerate(update.forwards):
         batch = job.batch(rows, measure=measure)
-        asked = Asked(job.models)
+        asked = Asked(job.models, update.said)
         with job.synchronised(last=number == len(update.forwards) - 1):
             for loss in job.method.losses(batch, asked, update.counts):
                 total = balanced(loss.total, asked, batch, update)
@@ -123,10 +123,12 @@ class Asked:
     """The roles of a run, and what one of them said of the experts of its mixture."""
 
     models: Models
+    before: dict[str, Any]
+    """What they have said of this batch already; each is asked for once."""
     balance: Balance | None = None
 
     def __call__(self, role: str, batch: Any) -> Any:
-        said = self.models(role, batch)
+        said = self.before.pop(role) if role in self.before else self.models(role, batch)
         if isinstance(said, Scores) and said.balance is not None:
             self.balance = said.balance
         return said

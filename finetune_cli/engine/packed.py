@@ -50,7 +50,7 @@ def packed(layer: nn.Module, dtype: torch.dtype) -> Packed | None:
 
 def times(x_TI: Tensor, copy: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b for a copy of W, or dy W for one of its transpose. [T, O]"""
-    y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, copy, bias_O, "none", [], "")
+    y_TO: Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TI, copy, bias_O, "none", [], "")
     return y_TO
 
 

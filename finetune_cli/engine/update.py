@@ -60,5 +60,7 @@ class Update:
     """What the sums are divided by, over all processes."""
     tokens: int
     """That are computed in it, over all processes."""
+    said: dict[str, Any] = field(default_factory=dict)
+    """By role, what it has said of the first forward already."""
     found: Sums = field(default_factory=Sums)
     """What is logged of it; filled while it is computed."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from finetune_cli.plan.arrangement import kept_scores
 from finetune_cli.plan.shape import Linear, Shape
 from finetune_cli.recipe.sections import Lora, Quantization
 from finetune_cli.spec import Spec
@@ -17,8 +18,6 @@ GIB = 2**30
 WIDE = 4
 """Bytes of float32."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "bf16": 2, "fp16": 2, "fp32": 4}
-BLOCK, KEPT = 128, 1024
-"""Of `engine/written.py`: queries at a time, keys up to which probabilities are kept."""
 STATE = (
     (r"sgd", 0.0), (r"adafactor", 0.02), (r"adagrad|rmsprop$|rmsprop_bnb(_32bit)?$", 4.0), (r"rmsprop_bnb_8bit", 1.03),
     (r"(paged_)?lion_8bit", 1.03), (r"(paged_)?lion", 4.0), (r"(paged_)?ademamix_8bit", 3.1),
@@ -77,6 +76,8 @@ class Drawn(NamedTuple):
     """Tokens, at most."""
     new: int
     """Tokens of an answer, at most."""
+    scored_once: bool = False
+    """See `scored_once` in `plan/memory.py`: the graphs of policy and critic are there at once."""
 
 
 @dataclass(frozen=True)
@@ -318,12 +319,7 @@ def kept_by_attention(s: Setup) -> float:
         return sum((c + WIDE) * shape.heads * own * (own + back) for own, back in s.rows.segments)
     if s.device != "cpu" or s.rows.padded:
         return s.rows.tokens * (WIDE * shape.heads + (c * shape.queries if s.rows.padded else 0))
-    total = 0
-    for own, back in s.rows.segments:
-        for start in range(0, own, BLOCK):
-            queries, keys = min(BLOCK, own - start), back + min(start + BLOCK, own)
-            total += c * shape.heads * queries * keys if keys <= KEPT else 0
-    return total
+    return c * shape.heads * kept_scores(s.rows.segments)
 
 
 def passing(s: Setup) -> float:

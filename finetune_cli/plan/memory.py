@@ -94,13 +94,14 @@ def estimate(s: Setup) -> Estimate:
     if s.full and s.compute < WIDE and s.checkpointing:  # kept by autocast until the forward ends
         casts = s.compute * shape.layers * sum(linear.weights for linear in shape.linears())
     again = layer if s.checkpointing else 0.0
+    beside = every if s.drawn is not None and s.drawn.scored_once else 0.0  # the critic's graph
     room = head_room(s)
     last = WIDE * (shape.head or shape.embedding) if s.full and not s.labels else 0.0
     embedding = WIDE * shape.embedding * (2 if shape.tied else 1) if s.full else 0.0
     moments = {
         "the head's forward": (every + casts, room.forward, there),
-        "the head's backward": (every, room.backward, there),
-        "the last layer's backward": (every + again, passing(s), max(there, last)),
+        "the head's backward": (every + beside, room.backward, there),
+        "the last layer's backward": (every + beside + again, passing(s), max(there, last)),
         "the first layer's backward": (again or layer, passing(s), gradients),
         "the embedding's backward": (0.0, embedding, gradients - (WIDE * shape.embedding if s.full else 0)),
         "the optimiser's step": (0.0, 0.0, gradients),
@@ -166,7 +167,18 @@ def drawn(plan: Plan) -> Drawn | None:
         return None
     step = recipe.method.answers * resolved.global_batch_size // resolved.num_processes
     tried = 0 if recipe.eval.eval_strategy == "no" else recipe.eval.metric_rows
-    return Drawn(min(DRAWN_AT_ONCE, max(step, tried)), recipe.data.max_length, recipe.generation.max_new_tokens)
+    answers, new = min(DRAWN_AT_ONCE, max(step, tried)), recipe.generation.max_new_tokens
+    return Drawn(answers, recipe.data.max_length, new, scored_once(plan))
+
+
+def scored_once(plan: Plan) -> bool:
+    """Whether the forwards that score drawn answers are those of the first update as well, their graphs kept until
+    then: where it is one forward of all answers, nothing is dropped out, and the recipe neither asks to save memory nor
+    for the largest forward that fits."""
+    recipe, resolved, lora = plan.recipe, plan.resolved, adapters(plan)
+    all_at_once = recipe.method.parts == 1 and resolved.gradient_accumulation_steps == 1
+    chosen = recipe.train.per_device_train_batch_size != "auto" and not resolved.gradient_checkpointing
+    return all_at_once and chosen and not (lora is not None and lora.lora_dropout)
 
 
 def extent(rows: Sequence[Row], *, padded: bool) -> Rows:

@@ -91,10 +91,10 @@ def test_what_cannot_be_honoured_is_refused():
 
 
 def test_causal_mask_is_aligned_at_the_bottom_right():
-    mask = attention.causal_mask(1, 4, 0, chunked=False, device=torch.device("cpu"))
+    mask = attention.causal_mask(1, 4, attention.Rule(0, False), device=torch.device("cpu"))
     assert mask.tolist() == [[True] * 4]
-    window = attention.causal_mask(2, 4, 2, chunked=False, device=torch.device("cpu"))
+    window = attention.causal_mask(2, 4, attention.Rule(2, False), device=torch.device("cpu"))
     assert window.tolist() == [[False, True, True, False], [False, False, True, True]]
-    chunks = attention.causal_mask(4, 4, 2, chunked=True, device=torch.device("cpu"))
+    chunks = attention.causal_mask(4, 4, attention.Rule(2, True), device=torch.device("cpu"))
     assert chunks.tolist() == [[True, False, False, False], [True, True, False, False],
                                [False, False, True, False], [False, False, True, True]]  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from finetune_cli.engine import rewards
 from finetune_cli.engine.actor import CRITIC, POLICY
 from finetune_cli.engine.evaluate import evaluate
+from finetune_cli.engine.experience import Experience
 from finetune_cli.engine.loop import optimiser_step, train
 from finetune_cli.engine.rollout import through_stop, without_stop
 from finetune_cli.engine.update import Sums
@@ -71,6 +72,41 @@ def test_accumulation_layout_and_checkpointing_change_nothing(ppo, job_of):
         assert far(start, before) == 0.0
         assert far(trained(other), after) < 1e-6, change
         assert same[0]["loss"] == pytest.approx(lines[0]["loss"], abs=1e-5), change
+
+
+def test_the_first_update_goes_back_through_the_forwards_that_scored_the_answers(ppo, job_of, monkeypatch):
+    """Two forwards fewer a step, and the same weights and numbers to the last bit; entropy is measured there, too."""
+    asked = []
+    usual = Experience.ask
+    monkeypatch.setattr(Experience, "ask", lambda self, role, batch: asked.append(role) or usual(self, role, batch))
+    path = ppo(train={"learning_rate": 5e-4}, logging={"logging_steps": 1})
+    job, lines, _, _ = run(job_of, path)
+    once = Counter(asked)
+    asked.clear()
+    monkeypatch.setattr(Experience, "scored_once", False)
+    other, again, _, _ = run(job_of, path)
+    assert once == {"policy": 4, "reference": 2, "value": 4}  # two steps of two updates
+    assert Counter(asked) == {"policy": 6, "reference": 2, "value": 6}
+    assert far(trained(job), trained(other)) == 0.0
+    timed = ("tokens_per_second", "memory_gib", "seconds")
+    numbers, others = ([{k: v for k, v in e.items() if k not in timed} for e in some] for some in (lines, again))
+    assert numbers == others
+    assert "policy/entropy_avg" in numbers[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "train.per_device_train_batch_size=4", "train.per_device_train_batch_size=auto", "method.num_mini_batches=2",
+        "train.gradient_checkpointing=true", "lora.lora_dropout=0.1",
+    ],
+)  # fmt: skip
+def test_else_answers_are_scored_apart(ppo, job_of, change):
+    job, _ = job_of(ppo())
+    assert job.experience.scored_once
+    job, _ = job_of(ppo(), change)
+    assert not job.experience.scored_once
+    assert all(update.said == {} for update in job.experience.updates(0, Sums()))
 
 
 def test_minibatches_part_the_rows_of_a_step(ppo, job_of):

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from finetune_cli.engine.lora import Fast, drawing, hasten
+from finetune_cli.engine.lora import FEW, Fast, drawing, hasten
 
 
 class Net(nn.Module):
@@ -121,10 +121,22 @@ def test_while_answers_are_drawn_it_is_the_same_without_a_graph():
     model, fast = pair()
     x = torch.randn(4, 1, 6)
     with drawing(fast), torch.no_grad():
-        assert fast.base_model.model.first.drawing
+        assert "forward" in vars(fast.base_model.model.first)
         torch.testing.assert_close(fast(x), model(x))
-    assert not fast.base_model.model.first.drawing
+    assert "forward" not in vars(fast.base_model.model.first)
     assert_same(both((model, fast), x), relative=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
+def test_drawn_in_bfloat16_it_is_as_near_to_the_truth(rows):
+    _, fast = pair()
+    exact = copy.deepcopy(fast).double()
+    half = fast.bfloat16()
+    x = torch.randn(rows, 6).bfloat16()
+    for each in (exact, half):  # the same numbers on both sides
+        each.load_state_dict(half.state_dict())
+    with torch.no_grad(), drawing(half):
+        torch.testing.assert_close(half(x).double(), exact(x.double()), rtol=0.03, atol=0.03)
 
 
 def test_a_model_may_add_to_what_a_layer_gives_in_place():

@@ -3,10 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from finetune_cli.data.batches import Segment, Segments
 from finetune_cli.engine import written
-from finetune_cli.engine.written import Rule, WrittenOut, causal_mask
+from finetune_cli.engine.parts import Alone, Rule, Together, causal_mask, lengths, parts
+from finetune_cli.engine.written import WrittenOut
+from finetune_cli.plan import arrangement
 
 SPANS = [Segment(0, 9), Segment(9, 14, 0, 9), Segment(14, 15, 0, 9), Segment(15, 33)]
 
@@ -17,7 +21,7 @@ def wanted(q, k, v, scaling, rule):
     outs = []
     for start, stop, back_start, back_stop in SPANS:
         seen = [*range(back_start, back_stop), *range(start, stop)]
-        mask = causal_mask(stop - start, len(seen), rule.local, chunked=rule.chunked, device=q.device)
+        mask = causal_mask(stop - start, len(seen), rule, device=q.device)
         outs.append(
             F.scaled_dot_product_attention(
                 q[None, :, start:stop], k[None, :, seen], v[None, :, seen], mask, scale=scaling
@@ -37,8 +41,10 @@ def inputs(dtype, heads=4, kv_heads=2, size=8):
 @pytest.mark.parametrize("block", [4, 128])
 @pytest.mark.parametrize("rule", [Rule(0, False), Rule(3, False), Rule(3, True)], ids=["causal", "window", "chunks"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_equal_to_the_plain_formula(monkeypatch, rule, block, kept, kv_heads):
-    monkeypatch.setattr(written, "BLOCK", block)
+@pytest.mark.parametrize("short", [0, 14, 256], ids=["alone", "some", "together"])
+def test_equal_to_the_plain_formula(monkeypatch, rule, block, kept, kv_heads, short):
+    monkeypatch.setattr(arrangement, "BLOCK", block)
+    monkeypatch.setattr(arrangement, "SHORT", short)
     monkeypatch.setattr(written, "KEPT", kept)
     (q, k, v), weights = inputs(torch.float64, kv_heads=kv_heads)
     out = WrittenOut.apply(q, k, v, 0.3, rule, Segments(SPANS))
@@ -47,6 +53,31 @@ def test_equal_to_the_plain_formula(monkeypatch, rule, block, kept, kv_heads):
     mine, theirs = (torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (out, again))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300)), max_size=30))
+def test_every_span_is_in_one_part_and_parts_are_bounded_and_filled(spans):
+    found = list(arrangement.arranged(spans))
+    assert sorted(n for some in found for n in some) == [*range(len(spans))]
+    for some in (some for some in found if len(some) > 1):
+        own, keys = zip(*((own, own + back) for own, back in map(spans.__getitem__, some)), strict=True)
+        padded = len(some) * max(own) * max(keys)
+        assert max(own) <= arrangement.BLOCK
+        assert max(keys) <= arrangement.SHORT
+        assert padded <= arrangement.TOGETHER
+        assert sum(a * b for a, b in zip(own, keys, strict=True)) >= arrangement.FILLED * padded
+
+
+def test_rows_of_one_length_are_one_part():
+    assert [part.count for part in parts(Segments([Segment(90 * n, 90 * n + 90) for n in range(8)]))] == [8]
+    assert [type(part) for part in parts(Segments([Segment(0, 90), Segment(90, 400)]))] == [Alone, Alone]
+    assert [part.count for part in parts(Segments(SPANS))] == [2, 2]
+
+
+def test_what_is_kept_for_backward_is_what_the_plan_counts():
+    (q, k, v), _ = inputs(torch.float32)
+    kept = WrittenOut.apply(q, k, v, 0.3, Rule(0, False), Segments(SPANS)).grad_fn.saved_tensors[3:]
+    assert sum(p.numel() for p in kept) == q.shape[0] * arrangement.kept_scores([*map(lengths, SPANS)])
 
 
 def errors(q, k, v, weights):

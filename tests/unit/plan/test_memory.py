@@ -249,9 +249,3 @@ def test_configurations_are_found_without_loading_anything(tmp_path, tiny_model_
     assert config_of(str(adapter), base=str(tiny_model_folder)) == found
     assert config_of(str(adapter)) is None
     assert config_of("nobody/has-this-model") is None
-
-
-def test_attention_is_counted_as_it_is_computed() -> None:
-    from finetune_cli.engine import written
-
-    assert (footprint.BLOCK, footprint.KEPT) == (written.BLOCK, written.KEPT)

@@ -1,0 +1,57 @@
+"""Which spans of a batch meet in one product of attention on a CPU (`engine/parts.py`), and which rows of scores.
+
+A span is (own, back): its tokens, which see each other causally, and those of an earlier span that they see too.
+"""
+
+from collections.abc import Iterator, Sequence
+
+BLOCK = 128
+"""Queries at a time."""
+KEPT = 1024
+"""Keys up to which probabilities are kept for backward; beyond, memory counts more and they are computed again."""
+SHORT = 256
+"""Keys up to which a span of one block is computed beside others. Of eight rows of 94 tokens a product each is 50
+million operations, and takes several times as long as those."""
+TOGETHER = BLOCK * KEPT
+"""Scores of a head, pads included, up to which spans are put together: those of a block of a long row."""
+FILLED = 0.5
+"""Share of them that must not be padding."""
+
+Lengths = tuple[int, int]
+
+
+def arranged(spans: Sequence[Lengths]) -> Iterator[list[int]]:
+    """The numbers of the spans, those together that are computed as one: short ones with others of their length."""
+    keys = [own + back for own, back in spans]
+    short = [n for n, (own, _) in enumerate(spans) if own <= BLOCK and keys[n] <= SHORT]
+    some: list[int] = []
+    longest = real = 0
+    for n in sorted(short, key=keys.__getitem__, reverse=True):
+        own = spans[n][0]
+        if some:
+            padded = (len(some) + 1) * max(longest, own) * keys[some[0]]
+            if padded > TOGETHER or real + own * keys[n] < FILLED * padded:
+                yield some
+                some, longest, real = [], 0, 0
+        some, longest, real = [*some, n], max(longest, own), real + own * keys[n]
+    if some:
+        yield some
+    yield from ([n] for n in sorted({*range(len(spans))} - {*short}))
+
+
+def blocks(own: int, back: int) -> Iterator[tuple[int, int, int]]:
+    """Of a span by itself: its queries from..to, and how many of its keys they see, from the first."""
+    for start in range(0, own, BLOCK):
+        stop = min(start + BLOCK, own)
+        yield start, stop, back + stop
+
+
+def kept_scores(spans: Sequence[Lengths]) -> int:
+    """Probabilities of a head that are kept for backward."""
+    total = 0
+    for some in arranged(spans):
+        if len(some) > 1:
+            total += len(some) * max(spans[n][0] for n in some) * max(sum(spans[n]) for n in some)
+        else:
+            total += sum((stop - start) * seen for start, stop, seen in blocks(*spans[some[0]]) if seen <= KEPT)
+    return total
