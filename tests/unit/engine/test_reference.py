@@ -205,7 +205,7 @@ def test_eval_loss_is_one_number_for_every_batch_size(pairs_of, job_of):
         loop.forward(job, loop.Progress(), watch.Stillness(job))
         numbers.append(loss_of(job, job.eval_sets[0]))
         assert isinstance(job.accelerator.unwrap_model(job.policy), Role)
-    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5, abs=1e-6)  # differences of numbers near 10
     assert "eval_rewards/margins" in numbers[0]
 
 
