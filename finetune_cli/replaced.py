@@ -1,4 +1,5 @@
-"""A run that is to be replaced is put aside until its successor's rows are known to be good, and put back if not.
+"""A run that is to be replaced is put aside until its successor's rows are read and its model loaded, and put back if
+that fails.
 
 Which of three folders is there says how far it is, whenever a command is killed: `.replaced.moving` is on its way in
 one direction or the other, and comes back; `.replaced` waits for the successor to begin, and comes back;

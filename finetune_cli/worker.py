@@ -81,8 +81,6 @@ def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: 
         show({"event": "rows", **sets.summary()})
     if resume is not None:
         prepare.compare_rows(sets.train.rows, resume, anyway=anyway)
-    if log.rank() == 0:
-        replaced.let_go(plan.run)
     prepare.meet(plan, resume)
     job, progress = prepare.build(plan, words, sets, show, resume=resume, stop=stop)
     if job.world > 1:
@@ -90,6 +88,7 @@ def work(plan: Plan, stop: Stop, *, resume: Path | None, anyway: bool, as_json: 
     job.warnings = [f"{problem.rule} {problem.message}" for problem in warned]
     lines: list[dict[str, Any]] = []
     if job.accelerator.is_main_process:
+        replaced.let_go(plan.run)
         through = progress.step if resume else None
         about = trackers.config_of(plan)
         told = trackers.Trackers(plan.recipe.logging, plan.run, about, keep_through=through)

@@ -422,8 +422,9 @@ def test_run_folder_of_another_run_is_refused_or_replaced(recipe_of, run_here):
     assert (plan.run / "notes.txt").read_text() == "mine"
 
 
-def test_a_run_is_replaced_only_by_one_whose_rows_are_good(recipe_of, tmp_path):
-    """Broken rows are found when the old run is aside already: the folder is then what it was, to the byte."""
+def test_a_run_is_replaced_only_by_one_that_has_its_rows_and_its_model(recipe_of, tiny_model_folder, tmp_path):
+    """Broken rows, or weights that cannot be read, are found when the old run is aside already: the folder is then what
+    it was, to the byte."""
     path = recipe_of(train={"max_steps": 1})
     assert finetune("run", str(path), cwd=tmp_path).returncode == 0
     run = tmp_path / "run"
@@ -432,6 +433,11 @@ def test_a_run_is_replaced_only_by_one_whose_rows_are_good(recipe_of, tmp_path):
     path = recipe_of(rows=[{"messages": 3}], train={"max_steps": 2})
     done = finetune("run", str(path), "--overwrite", cwd=tmp_path)
     assert done.returncode == 3, done.stderr
+    assert content(run) == before
+    broken = Path(shutil.copytree(tiny_model_folder, tmp_path / "broken"))
+    os.truncate(broken / "model.safetensors", 1000)
+    done = finetune("run", str(recipe_of(model=str(broken))), "--overwrite", cwd=tmp_path)
+    assert done.returncode != 0, done.stderr
     assert content(run) == before
     path = recipe_of(train={"max_steps": 2})
     assert finetune("run", str(path), "--overwrite", cwd=tmp_path).returncode == 0
