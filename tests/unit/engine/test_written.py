@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from finetune_cli.data.batches import Segment, Segments
 from finetune_cli.engine import written
-from finetune_cli.engine.parts import Alone, Rule, Together, causal_mask, lengths, parts
+from finetune_cli.engine.parts import Alone, Rule, causal_mask, lengths, parts
 from finetune_cli.engine.written import WrittenOut
 from finetune_cli.plan import arrangement
 
