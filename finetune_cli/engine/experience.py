@@ -170,15 +170,15 @@ class Experience:
     def column(self, forwards: Sequence[list[Row]], role: str, kept: "Kept | None") -> Tensor:
         """A number for each token of every answer, by a role; what it said is `kept` with its graph if it will learn
         from that."""
-        keeps = kept is not None and role != "reference"
+        kept = None if role == "reference" else kept
         training = self.actor.training
-        self.actor.train(training and keeps)
+        self.actor.train(training and kept is not None)
         found = [torch.zeros(0)]
         for rows in filter(None, forwards):
-            batch = self.job.batch(rows, measure=keeps and kept.measure)
-            with torch.set_grad_enabled(keeps):
+            batch = self.job.batch(rows, measure=kept is not None and kept.measure)
+            with torch.set_grad_enabled(kept is not None):
                 said = self.ask(role, batch)
-            if keeps:
+            if kept is not None:
                 kept.said[role] = said
             found.append((said if isinstance(said, Tensor) else said.logps_N).detach().float().cpu())
         self.actor.train(training)
