@@ -172,7 +172,7 @@ class Experience:
         from that."""
         kept = None if role == "reference" else kept
         training = self.actor.training
-        self.actor.train(training and kept is not None)
+        self.actor.eval()
         found = [torch.zeros(0)]
         for rows in filter(None, forwards):
             batch = self.job.batch(rows, measure=kept is not None and kept.measure)

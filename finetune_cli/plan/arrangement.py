@@ -23,7 +23,7 @@ Lengths = tuple[int, int]
 def arranged(spans: Sequence[Lengths]) -> Iterator[list[int]]:
     """The numbers of the spans, those together that are computed as one: short ones with others of their length."""
     keys = [own + back for own, back in spans]
-    short = [n for n, (own, _) in enumerate(spans) if own <= BLOCK and keys[n] <= SHORT]
+    short = [n for n, (own, _) in enumerate(spans) if 0 < own <= BLOCK and keys[n] <= SHORT]
     some: list[int] = []
     longest = real = 0
     for n in sorted(short, key=keys.__getitem__, reverse=True):
