@@ -4,6 +4,7 @@ A span is (own, back): its tokens, which see each other causally, and those of a
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 BLOCK = 128
 """Queries at a time."""
@@ -21,22 +22,35 @@ Lengths = tuple[int, int]
 
 
 def arranged(spans: Sequence[Lengths]) -> Iterator[list[int]]:
-    """The numbers of the spans, those together that are computed as one: short ones with others of their length."""
-    keys = [own + back for own, back in spans]
-    short = [n for n, (own, _) in enumerate(spans) if 0 < own <= BLOCK and keys[n] <= SHORT]
+    """The numbers of the spans, those together that are computed as one: short ones with others of about their length.
+
+    Spans of the same lengths are not parted: two answers that are equal get equal numbers, to the bit.
+    """
+    short = [n for n, (own, back) in enumerate(spans) if 0 < own <= BLOCK and own + back <= SHORT]
     some: list[int] = []
-    longest = real = 0
-    for n in sorted(short, key=keys.__getitem__, reverse=True):
-        own = spans[n][0]
-        if some:
-            padded = (len(some) + 1) * max(longest, own) * keys[some[0]]
-            if padded > TOGETHER or real + own * keys[n] < FILLED * padded:
-                yield some
-                some, longest, real = [], 0, 0
-        some, longest, real = [*some, n], max(longest, own), real + own * keys[n]
+    longest = widest = real = 0
+    for (keys, own), run in groupby(
+        sorted(short, key=lambda n: extent(spans[n]), reverse=True), lambda n: extent(spans[n])
+    ):
+        alike = [*run]
+        padded = (len(some) + len(alike)) * max(longest, own) * max(widest, keys)
+        if some and (padded > TOGETHER or real + len(alike) * own * keys < FILLED * padded):
+            yield some
+            some, longest, widest, real = [], 0, 0, 0
+        while len(alike) * own * keys > TOGETHER:  # of one length, whatever their number
+            many = TOGETHER // (own * keys)
+            yield alike[:many]
+            alike = alike[many:]
+        some, longest, widest = some + alike, max(longest, own), max(widest, keys)
+        real += len(alike) * own * keys
     if some:
         yield some
     yield from ([n] for n in sorted({*range(len(spans))} - {*short}))
+
+
+def extent(span: Lengths) -> tuple[int, int]:
+    """(keys, queries)"""
+    return sum(span), span[0]
 
 
 def blocks(own: int, back: int) -> Iterator[tuple[int, int, int]]:

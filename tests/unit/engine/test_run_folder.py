@@ -436,7 +436,7 @@ def test_a_run_is_replaced_only_by_one_that_has_its_rows_and_its_model(recipe_of
     assert content(run) == before
     broken = Path(shutil.copytree(tiny_model_folder, tmp_path / "broken"))
     os.truncate(broken / "model.safetensors", 1000)
-    done = finetune("run", str(recipe_of(model=str(broken))), "--overwrite", cwd=tmp_path)
+    done = finetune("run", str(recipe_of(model={"name_or_path": str(broken)})), "--overwrite", cwd=tmp_path)
     assert done.returncode != 0, done.stderr
     assert content(run) == before
     path = recipe_of(train={"max_steps": 2})

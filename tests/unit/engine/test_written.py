@@ -1,5 +1,7 @@
 """Attention written out, against PyTorch's own with the same mask in float64: rules, shapes, blocks, both ways back."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,6 +68,25 @@ def test_every_span_is_in_one_part_and_parts_are_bounded_and_filled(spans):
         assert max(keys) <= arrangement.SHORT
         assert padded <= arrangement.TOGETHER
         assert sum(a * b for a, b in zip(own, keys, strict=True)) >= arrangement.FILLED * padded
+
+
+def test_equal_answers_get_equal_numbers_to_the_bit():
+    """Beside rows of every length, which pad them; a tie of chosen and rejected must not be broken by rounding."""
+    draw = random.Random(0)
+    for _ in range(40):
+        spans, twins = [], []
+        for _ in range(draw.randint(2, 8)):
+            start, prompt, own = spans[-1].stop if spans else 0, draw.randint(1, 60), draw.randint(1, 40)
+            first, second = start + prompt, start + prompt + own
+            spans += [Segment(start, first), Segment(first, second, start, first)]
+            spans.append(Segment(second, second + own, start, first))
+            twins.append((slice(first, second), slice(second, second + own)))
+        q, k, v = (torch.randn(spans[-1].stop, heads, 16).transpose(0, 1) for heads in (4, 2, 2))
+        for one, other in twins:
+            for x in (q, k, v):
+                x[:, other] = x[:, one]
+        out = WrittenOut.apply(q, k, v, 0.25, Rule(0, False), Segments(spans))
+        assert all(torch.equal(out[one], out[other]) for one, other in twins)
 
 
 def test_rows_of_one_length_are_one_part():
