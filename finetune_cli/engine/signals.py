@@ -75,10 +75,10 @@ class Stop:
     def hear(self, number: int, now: float) -> None:
         """A signal arrived at `now` seconds."""
         if self.number is None:
+            if not self.patient:  # before `number` is there for another thread to see, which would go on with it
+                leave(number)
             self.number, self._first = number, now
             self._heard.set()
-            if not self.patient:
-                leave(number)
             name = signal.Signals(number).name
             LOGGER.warning("%s: the run is saved and ends after this step; a second one ends it at once", name)
         elif now - self._first > TOGETHER:
