@@ -11,11 +11,13 @@ import argparse
 import gc
 import json
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -74,9 +76,24 @@ class Settings:
         return f"{self.folder}/merged"
 
 
+PROMPT_TOKENS = (38, 40, 51, 65, 93, 112, 117)
+"""Tokens of the prompts of 59 conversations of up to 128, in the chat format of SmolLM2, at `bench.QUANTILES`."""
+
+
 def prompts(count: int, *, scale: float = 1.0) -> list[Record]:
-    """Instructions with the lengths of real ones."""
-    return [{"prompt": row["prompt"]} for row in bench.short_rows(count, scale=scale)]
+    """Texts with the lengths of real prompts, at `scale` 1."""
+    draw = random.Random(f"prompts {SEED}")
+    return [{"prompt": bench.sentence(draw, round(bench.words(draw, PROMPT_TOKENS) * scale))} for _ in range(count)]
+
+
+def prompt_row(raw: Record) -> Record:
+    """{prompt} of a row that has one as a text, or is in Alpaca's columns. Raises DataError for any other."""
+    return {"prompt": raw["prompt"] if isinstance(raw.get("prompt"), str) else bench.completion_row(raw)["prompt"]}
+
+
+def read(path: Path, count: int) -> list[Record]:
+    """`count` prompts of a file in order; a short one is read again from its beginning."""
+    return list(islice(cycle(map(prompt_row, bench.read_rows(path))), count))
 
 
 # ── workers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -341,7 +358,8 @@ def measured(asked: argparse.Namespace, work: Path) -> Record:
     if load > bench.BUSY * here["cpus"]:
         print(f"the machine is busy (load {load:.1f} on {here['cpus']} cores): its times mean little", file=sys.stderr)
     steps, rows = WARM_UP + asked.rounds, work / "prompts.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in prompts(steps * asked.batch)), encoding="utf-8")
+    found = prompts(steps * asked.batch) if asked.rows is None else read(asked.rows, steps * asked.batch)
+    rows.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
     told: Record = {
         "rows": str(rows), "steps": steps, "batch": asked.batch, "new_tokens": asked.new_tokens, "precision": "bf16",
         "folder": str(work), "stop_token": asked.stop_token, "measure": asked.measure,
@@ -355,11 +373,14 @@ def measured(asked: argparse.Namespace, work: Path) -> Record:
         "load_average_before": load,
         "commit": bench.commit(),
         "versions": {**bench.versions(), "trl": version_in(asked.trl)},
-        "settings": {**kept, "model": asked.model, "lora": LORA, "learning_rate": LEARNING_RATE, "ppo": KNOBS},
+        "settings": {
+            **kept, "model": asked.model, "rows": "synthetic" if asked.rows is None else asked.rows.name, "lora": LORA,
+            "learning_rate": LEARNING_RATE, "ppo": KNOBS,
+        },
         "summary": summary(rounds),
         "ready": started,
         "rounds": rounds,
-    }
+    }  # fmt: skip
 
 
 def model_folder(name: str, told: Record, work: Path) -> str:
@@ -386,6 +407,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--trl", type=Path, help="the folder that TRL 1.12.0 was installed to; else the installed TRL")
     made.add_argument("--rounds", type=int, default=3, help=f"counted rounds, after {WARM_UP} of warm-up")
     made.add_argument("--model", default="builtin:smollm2-135m-instruct", help="builtin:NAME or a folder")
+    made.add_argument("--rows", type=Path, help=".json or .jsonl of prompts instead of synthetic ones")
     made.add_argument("--batch", type=int, default=8, help="prompts of a step")
     made.add_argument("--new-tokens", type=int, default=64, help="of each answer")
     made.add_argument("--stop-token", default="<file_sep>", help="a token that the model never says")

@@ -10,11 +10,13 @@ BLOCK = 128
 """Queries at a time."""
 KEPT = 1024
 """Keys up to which probabilities are kept for backward; beyond, memory counts more and they are computed again."""
-SHORT = 256
-"""Keys up to which a span of one block is computed beside others. Of eight rows of 94 tokens a product each is 50
-million operations, and takes several times as long as those."""
-TOGETHER = BLOCK * KEPT
-"""Scores of a head, pads included, up to which spans are put together: those of a block of a long row."""
+SHORT = 192
+"""Queries up to which a span is computed beside others. Of eight rows of 94 tokens a product each is 50 million
+operations, and takes several times as long as those; of rows of 250, alone and in blocks, it takes less."""
+SEEN = 256
+"""Keys up to which it is."""
+TOGETHER = 96 * KEPT
+"""Scores of a head, pads included, up to which spans are put together: about those of a block of a long row."""
 FILLED = 0.5
 """Share of them that must not be padding."""
 
@@ -26,7 +28,7 @@ def arranged(spans: Sequence[Lengths]) -> Iterator[list[int]]:
 
     Spans of the same lengths are not parted: two answers that are equal get equal numbers, to the bit.
     """
-    short = [n for n, (own, back) in enumerate(spans) if 0 < own <= BLOCK and own + back <= SHORT]
+    short = [n for n, (own, back) in enumerate(spans) if 0 < own <= SHORT and own + back <= SEEN]
     some: list[int] = []
     longest = widest = real = 0
     for (keys, own), run in groupby(

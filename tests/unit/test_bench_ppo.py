@@ -60,7 +60,7 @@ def has_ppo():
 def test_both_sides_do_the_same_on_a_tiny_model(script, tmp_path):
     """As many tokens; nothing is learned before the first step, so its divergence is zero on both sides."""
     rows = tmp_path / "prompts.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in script.prompts(8, scale=0.3)))
+    rows.write_text("".join(json.dumps(row) + "\n" for row in script.prompts(8, scale=0.15)))
     told = script.Settings(
         model=str(model_folder(tmp_path / "model", max_position_embeddings=512)), rows=str(rows), steps=2, batch=4,
         new_tokens=8, precision="fp32", folder=str(tmp_path), stop_token="<|User|>",

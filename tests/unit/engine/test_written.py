@@ -46,7 +46,7 @@ def inputs(dtype, heads=4, kv_heads=2, size=8):
 @pytest.mark.parametrize("short", [0, 14, 256], ids=["alone", "some", "together"])
 def test_equal_to_the_plain_formula(monkeypatch, rule, block, kept, kv_heads, short):
     monkeypatch.setattr(arrangement, "BLOCK", block)
-    monkeypatch.setattr(arrangement, "SHORT", short)
+    monkeypatch.setattr(arrangement, "SEEN", short)
     monkeypatch.setattr(written, "KEPT", kept)
     (q, k, v), weights = inputs(torch.float64, kv_heads=kv_heads)
     out = WrittenOut.apply(q, k, v, 0.3, rule, Segments(SPANS))
@@ -64,8 +64,8 @@ def test_every_span_is_in_one_part_and_parts_are_bounded_and_filled(spans):
     for some in (some for some in found if len(some) > 1):
         own, keys = zip(*((own, own + back) for own, back in map(spans.__getitem__, some)), strict=True)
         padded = len(some) * max(own) * max(keys)
-        assert max(own) <= arrangement.BLOCK
-        assert max(keys) <= arrangement.SHORT
+        assert max(own) <= arrangement.SHORT
+        assert max(keys) <= arrangement.SEEN
         assert padded <= arrangement.TOGETHER
         assert sum(a * b for a, b in zip(own, keys, strict=True)) >= arrangement.FILLED * padded
 
@@ -76,7 +76,7 @@ def test_equal_answers_get_equal_numbers_to_the_bit():
     for _ in range(40):
         spans, twins = [], []
         for _ in range(draw.randint(2, 8)):
-            start, prompt, own = spans[-1].stop if spans else 0, draw.randint(1, 60), draw.randint(1, 40)
+            start, prompt, own = spans[-1].stop if spans else 0, draw.randint(1, 60), draw.choice((10, 40, 150))
             first, second = start + prompt, start + prompt + own
             spans += [Segment(start, first), Segment(first, second, start, first)]
             spans.append(Segment(second, second + own, start, first))
