@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_cli.errors import DataError
 from tests.helpers import model_folder
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -47,6 +48,16 @@ def test_the_ratio_is_the_median_of_pairs_without_warm_up(script):
     assert found["same_tokens"]
     rounds[2]["trl"]["answer_tokens"] = 500
     assert not script.summary(rounds)["same_tokens"]
+
+
+def test_rows_of_a_file_are_asked_again_from_its_beginning(script, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "Say a."}\n{"instruction": "Say b.", "output": "b"}\n')
+    first, second, third = (row["prompt"] for row in script.read(path, 3))
+    assert first == third == "Say a."
+    assert "Say b." in second
+    with pytest.raises(DataError):
+        script.prompt_row({"text": "Say a."})
 
 
 def has_ppo():
