@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from finetune_cli.engine.lora import bare, drawing
-from finetune_cli.engine.packed import Packed, copied_bytes, fit
 from finetune_cli.errors import TrainError
 from finetune_cli.types import Prompt
 
@@ -104,29 +103,19 @@ def ready(model: Any) -> Iterator[None]:
 @contextmanager
 def whole_states(model: Any) -> Iterator[None]:
     """The head is given states that lie together. Of a prompt it gets the last position, a strided piece, for which
-    PyTorch's CPU product repeats the head's weight once a row: 50 prompts took 2.7 GiB for SmolLM2-135M."""
+    PyTorch's CPU product repeats the head's weight once a row: 50 prompts took 2.7 GiB for SmolLM2-135M. Where it has a
+    copy of its weight for the processor's products (`engine/packed.py`), they are made with it."""
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    packed = "packed" in head.__dict__ and "forward" not in head.__dict__
+    if packed:
+        head.forward = partial(bare, base=head)
     try:
-        with copied(head, room=copied_bytes(model)):
-            yield
+        yield
     finally:
         hook.remove()
-
-
-@contextmanager
-def copied(head: Any, *, room: int) -> Iterator[None]:
-    """The head with a copy of its weight for the processor's products (`engine/packed.py`), for this time alone: where
-    it takes at most as much as those of the layers."""
-    if not fit(head) or head.weight.numel() * head.weight.element_size() > room:
-        yield
-        return
-    head.packed = Packed(head.weight, both=False)
-    head.forward = partial(bare, base=head)
-    try:
-        yield
-    finally:
-        del head.packed, head.forward
+        if packed:
+            del head.forward
 
 
 def _cuda() -> list[int]:

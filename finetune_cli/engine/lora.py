@@ -184,7 +184,7 @@ def bare(x: Tensor, base: nn.Module) -> Tensor:
     """The layer without its adapter and without a graph."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     if packed(base, dtype) is None:
-        return type(base).forward(base, x)  # type: ignore[no-any-return]  # not what `copied` put there
+        return type(base).forward(base, x)  # type: ignore[no-any-return]  # not what `whole_states` put there
     with torch.autocast(x.device.type, enabled=False):
         y_TO = product(x.to(dtype).reshape(-1, x.shape[-1]), base)
     return y_TO.view(*x.shape[:-1], y_TO.shape[-1])

@@ -13,6 +13,7 @@ from filelock import FileLock
 from finetune_cli.data import builtin
 from finetune_cli.engine import lora, norms
 from finetune_cli.engine.manifest import BASE
+from finetune_cli.engine.packed import pack_head
 from finetune_cli.errors import ModelError
 from finetune_cli.log import LOGGER
 from finetune_cli.plan.memory import room_of
@@ -218,6 +219,7 @@ def load_policy(plan: Plan, location: Location) -> Any:
         if p.requires_grad:  # peft leaves modules that are trained in full as they were loaded
             p.data = p.data.float()
     lora.hasten(model, room=room_of(plan))
+    pack_head(model, room_of(plan))
     norms.hasten(model)
     if plan.resolved.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

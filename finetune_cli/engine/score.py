@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from finetune_cli.engine.packed import Packed, packed, times
 from finetune_cli.errors import ModelError
 
 
@@ -107,7 +108,8 @@ def score(head: Head, h_ND: Tensor, label_N: Tensor, *, measure: bool) -> Scored
     weight = head.frozen_weight
     if weight is not None:
         made: Any = FrozenHead.apply
-        scored: Scored = made(h_ND, weight, head.bias, label_N, head.scale, head.softcap, chunk, measure)
+        copies = packed(head.layer, weight.dtype)
+        scored: Scored = made(h_ND, weight, head.bias, label_N, head.scale, head.softcap, chunk, measure, copies)
         return scored
     pieces = [
         _recomputed(head, h, y, measure)
@@ -162,12 +164,22 @@ class Room:
         return cls(product, z, torch.empty_like(z))
 
     def logits(
-        self, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None
+        self,
+        h_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        copies: Packed | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(logits [N, V], room for their probabilities, the soft cap's slope at them), float32."""
         rows = h_ND.shape[0]
         product_NV, z_NV, p_NV = self.product_NV[:rows], self.z_NV[:rows], self.p_NV[:rows]
-        torch.mm(h_ND.to(weight_VD.dtype), weight_VD.T, out=product_NV)
+        h_ND = h_ND.to(weight_VD.dtype)
+        if copies is None:
+            torch.mm(h_ND, weight_VD.T, out=product_NV)
+        else:
+            product_NV = times(h_ND, copies.forward)
         z_NV.copy_(product_NV if bias_V is None else product_NV.add_(bias_V))
         if scale != 1.0:
             z_NV *= scale
@@ -200,17 +212,18 @@ class FrozenHead(torch.autograd.Function):
         softcap: float | None,
         chunk: int,
         measure: bool,
+        copies: Packed | None = None,
     ) -> Scored:
         rows = h_ND.shape[0]
         logps_N = h_ND.new_empty(rows, dtype=torch.float32)
         correct_N, entropy_N = (torch.empty_like(logps_N) if measure else None for _ in range(2))
         dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
-        room = Room.of(min(chunk, rows), weight_VD)
+        room, back = Room.of(min(chunk, rows), weight_VD), None if copies is None else copies.backward
         with torch.autocast(h_ND.device.type, enabled=False):
             for a in range(0, rows, chunk):
                 b = min(a + chunk, rows)
                 y_N1 = label_N[a:b, None]
-                z_NV, p_NV, slope_NV = room.logits(h_ND[a:b], weight_VD, bias_V, scale, softcap)
+                z_NV, p_NV, slope_NV = room.logits(h_ND[a:b], weight_VD, bias_V, scale, softcap, copies)
                 top_N = z_NV.amax(-1)
                 torch.softmax(z_NV, -1, out=p_NV)
                 lse_N = top_N - p_NV.amax(-1).log()  # the largest probability is at least 1 / V
@@ -223,7 +236,8 @@ class FrozenHead(torch.autograd.Function):
                 p_NV.scatter_add_(1, y_N1, torch.full_like(y_N1, -1.0, dtype=torch.float32))  # minus d lp / d z
                 if slope_NV is not None:
                     p_NV *= slope_NV
-                dh_ND[a:b] = (room.rounded(p_NV) @ weight_VD) * -scale
+                dz_NV = room.rounded(p_NV)
+                dh_ND[a:b] = (dz_NV @ weight_VD if back is None else times(dz_NV, back)) * -scale
         ctx.save_for_backward(dh_ND)
         if correct_N is not None and entropy_N is not None:
             ctx.mark_non_differentiable(correct_N, entropy_N)
@@ -232,4 +246,4 @@ class FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dh_ND,) = ctx.saved_tensors
-        return (dh_ND.float() * grads[0][:, None]).to(dh_ND.dtype), *(None,) * 7
+        return (dh_ND.float() * grads[0][:, None]).to(dh_ND.dtype), *(None,) * 8

@@ -245,7 +245,19 @@ def copied_bytes(s: Setup) -> float:
     if s.device != "cpu" or s.checkpointing:
         return 0.0
     size = s.frozen * blocks(s.shape, s.lora) * sum(one.weights for one in s.shape.linears() if s.adapts(one))
-    return float(size * min(2, s.room // size)) if size else 0.0
+    layers = copies_in(s.room, size)
+    return layers + (copies_in(s.room - layers, copied_head(s)) if layers else 0.0)
+
+
+def copies_in(room: float, size: float) -> float:
+    """Bytes of a copy for each direction, or for the first alone."""
+    return size * min(2, room // size) if size else 0.0
+
+
+def copied_head(s: Setup) -> float:
+    """Of one copy of the head, where it is plain and frozen."""
+    learns = s.tokens or head_adapter(s) or "lm_head" in ((s.lora.modules_to_save if s.lora else None) or [])
+    return 0.0 if s.labels is not None or learns else float(s.frozen * s.shape.embedding)
 
 
 def reference_bytes(s: Setup) -> float:
@@ -343,8 +355,4 @@ def drawing(s: Setup) -> float:
     cache = 2 * c * shape.layers * shape.keys * n * (s.drawn.prompt + s.drawn.new)
     prompts = c * n * s.drawn.prompt * (2 * shape.hidden + 3 * shape.inner * shape.active)
     copies = 0 if s.full else c * policy_weights(s)
-    head = (
-        c * shape.embedding
-    )  # laid out for the time of drawing, where it takes no more than the layers (`generate.py`)
-    copies += head if head <= copied_bytes(s) else 0
     return cache + max(prompts, n * shape.vocabulary * (c + 3 * WIDE)) + copies

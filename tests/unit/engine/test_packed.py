@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from finetune_cli.engine.generate import copied
+from finetune_cli.engine.generate import whole_states
 from finetune_cli.engine.lora import drawing, hasten
-from finetune_cli.engine.packed import Packed, able, fit, pack, packed
+from finetune_cli.engine.packed import able, fit, pack, pack_head, packed
 
 pytestmark = pytest.mark.skipif(not able(), reason="this processor has no bfloat16 products of oneDNN")
 ROOM = 2**20
@@ -136,16 +136,40 @@ def test_what_is_trained_wide_or_elsewhere_gets_none():
     assert not any(packed(layer, torch.bfloat16) for layer in layers(quick))
 
 
-def test_a_head_has_its_copy_for_a_while():
-    head = nn.Linear(32, 90, bias=False).bfloat16().requires_grad_(False)
-    x, before = torch.randn(3, 1, 32).bfloat16(), head.forward
+class Speaker(Net):
+    """A net with a head of 90 tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(32, 90, bias=False)
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@pytest.mark.parametrize(("left", "copies"), [(2.0, 2), (1.9, 1), (0.9, 0)])
+def test_the_head_gets_what_room_the_layers_leave(left, copies):
+    net = Speaker().bfloat16().requires_grad_(False)
+    pack_head(net, ROOM)
+    assert "packed" not in net.head.__dict__  # nor have the layers any
+    layers, size = [net.first, net.second], 2 * net.head.weight.numel()
+    pack(layers, ROOM)
+    pack_head(net, sum(packed(layer, torch.bfloat16).bytes for layer in layers) + left * size)
+    found = packed(net.head, torch.bfloat16)
+    assert (0 if found is None else 1 + (found.backward is not None)) == copies
+
+
+def test_answers_are_drawn_with_the_heads_copy():
+    net = Speaker().bfloat16().requires_grad_(False)
+    pack([net.first, net.second], ROOM)
+    x, before = torch.randn(3, 1, 32).bfloat16(), net.head.forward
     with torch.no_grad():
-        wanted = head(x)
-        with copied(head, room=2 * head.weight.numel() - 1):
-            assert "packed" not in head.__dict__
-        with copied(head, room=2 * head.weight.numel()):
-            assert isinstance(head.packed, Packed)
-            assert torch.equal(head(x), wanted)
-        assert head.forward == before
-        assert "packed" not in head.__dict__
-        assert torch.equal(head(x), wanted)
+        wanted = net.head(x)
+        with whole_states(net):
+            assert net.head.forward == before  # it has none
+        pack_head(net, ROOM)
+        with whole_states(net):
+            assert net.head.forward != before
+            assert torch.equal(net.head(x), wanted)
+        assert net.head.forward == before
+        assert torch.equal(net.head(x), wanted)

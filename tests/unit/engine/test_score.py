@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetune_cli.engine import score as module
+from finetune_cli.engine.packed import Packed, able
 from finetune_cli.engine.score import Head, score
 
 N, D, V = 40, 12, 57
@@ -79,3 +80,24 @@ def test_a_head_with_adapters_is_not_taken_for_a_plain_one():
     assert Head(layer).frozen_weight is None
     assert Head(head_of("frozen", 1.0, None, False).layer).frozen_weight is not None
     assert Head(head_of("trained", 1.0, None, False).layer).frozen_weight is None
+
+
+@pytest.mark.skipif(not able(), reason="this processor has no bfloat16 products of oneDNN")
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (0.5, 3.0, True)])
+def test_copies_of_the_heads_weight_change_no_bit(monkeypatch, both, scale, softcap, bias):
+    monkeypatch.setitem(module.CHUNK_LOGITS, "cpu", 16 * V)
+    head = head_of("frozen", scale, softcap, bias)
+    head.layer.bfloat16()
+    label_N, h_ND = torch.randint(0, V, (N,)), torch.randn(N, D).bfloat16()
+    found = []
+    for copied in (False, True):
+        if copied:
+            head.layer.__dict__["packed"] = Packed(head.layer.weight, both=both)
+        h = h_ND.clone().requires_grad_()
+        scored = score(head, h, label_N, measure=True)
+        scored[0].sum().backward()
+        found.append([*scored, h.grad])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    head.layer.weight.data = head.layer.weight.data * 2  # the copies are of another weight now
+    assert not torch.equal(score(head, h_ND, label_N, measure=False)[0], found[0][0])

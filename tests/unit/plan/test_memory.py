@@ -102,10 +102,13 @@ def test_copies_of_frozen_weights_are_those_that_there_is_room_for():
     def copied(**other):
         return footprint.copied_bytes(llama_8b(**{"device": "cpu", "checkpointing": False, "room": 1e12} | other))
 
-    assert copied() == 2 * 2 * weights
-    assert copied(room=3.9 * weights) == 2 * weights
+    head = 128256 * 4096
+    assert copied() == 2 * 2 * (weights + head)
+    assert copied(room=3.9 * weights) == 2 * weights + 2 * 2 * head
+    assert copied(room=4 * weights + 3.9 * head) == 4 * weights + 2 * head
     assert copied(room=1.9 * weights) == 0
-    assert copied(lora=Lora(target_modules=["q_proj"])) == 2 * 2 * 32 * 4096 * 4096
+    assert copied(labels=1) == copied(tokens=3) == 2 * 2 * weights
+    assert copied(lora=Lora(target_modules=["q_proj"])) == 2 * 2 * (32 * 4096 * 4096 + head)
     for other in (
         {"device": "cuda"}, {"checkpointing": True}, {"frozen": 4}, {"lora": None}, {"lora": Lora(use_dora=True)},
         {"quantization": Quantization(load_in_4bit=True)},
