@@ -57,7 +57,7 @@ def warnings(problems: Iterable[Problem]) -> None:
 def fixed(recipe: Path, found: "Fixed") -> None:
     """What `--fix` has done to the file, and what it has not."""
     for move in found.moves:
-        out.print(f"{recipe}: {move.key} is now {move.target}", markup=False)
+        out.print(f"{recipe}: {move.key} is now {move.written}", markup=False)
     for move, reason in found.left:
         err.print(f"{recipe}:{move.place.line}:{move.place.column}  {move.key}  left as it is: {reason}", markup=False)
     if not found.moves:

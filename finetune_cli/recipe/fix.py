@@ -1,8 +1,9 @@
 """`validate --fix`: other tools' names, misplaced keys and plain typos put right in the file itself.
 
 ruamel.yaml keeps comments, order and quoting; scalars are never read as numbers on the way, so every value stays as it
-was written. One key moves at a time, and only where the result reads as a better recipe of the same values and the
-same comments. What is not certain is left for a person, with the reason.
+was written, but for a switch that is on where a word of ours says the same. One key moves at a time, and only where
+the result reads as a better recipe of the same values and the same comments. What is not certain is left for a person,
+with the reason.
 """
 
 import re
@@ -33,6 +34,13 @@ class Move:
     key: str
     target: str
     place: Place = field(compare=False)
+    value: str | None = None
+    """What is written there, where a switch that is on stands for it."""
+
+    @property
+    def written(self) -> str:
+        """The target, with its value where that is new."""
+        return self.target if self.value is None else f"{self.target}: {self.value}"
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,8 @@ class Fixed:
 
     def to_json(self) -> dict[str, list[dict[str, str]]]:
         return {
-            "moved": [{"key": move.key, "to": move.target} for move in self.moves],
-            "left": [{"key": move.key, "to": move.target, "reason": reason} for move, reason in self.left],
+            "moved": [{"key": move.key, "to": move.written} for move in self.moves],
+            "left": [{"key": move.key, "to": move.written, "reason": reason} for move, reason in self.left],
         }
 
 
@@ -71,7 +79,8 @@ def fix(text: str, file: str, *, root: type[Recipe] = Recipe) -> Fixed:
 def misnamed_in(text: str, file: str, root: type[Recipe]) -> Iterator[Move]:
     tree, error = read(text, file, root)
     if tree is not None and error is not None:
-        yield from (Move(dotted(trail), target, place) for trail, place, target in misnamed(error, tree, root))
+        for trail, place, target, value in misnamed(error, tree, root):
+            yield Move(dotted(trail), target, place, value)
 
 
 def read(text: str, file: str, root: type[Recipe]) -> tuple[Node | None, ValidationError | None]:
@@ -93,11 +102,13 @@ def moved(text: str, file: str, move: Move, all_moves: Sequence[Move], root: typ
     if rivals:
         raise Unsure(f"{', '.join([move.key, *rivals])} all stand for {move.target}; keep one")
     document = Document(text)
+    if move.value is not None:
+        document.write(move.place.line, move.place.column, move.value)
     document.move(move.place.line, move.place.column, move.target, shorthand=lambda key: shorthand(key, root))
     after = document.text()
     tree, error = read(after, file, root)
     before = yaml.parse(text, file)[0]
-    if tree is None or before is None or values(tree) != values(before) or comments(after) != comments(text):
+    if tree is None or before is None or values(tree) != expected(before, move) or comments(after) != comments(text):
         raise Unsure("the file cannot be rewritten without touching more than this key")
     for problem in explain(error, tree, root) if error is not None else ():
         if (problem.key + ".").startswith(move.target + ".") and not problem.message.startswith(FOLLOWED):
@@ -124,6 +135,15 @@ def values(node: Node) -> list[str]:
             yield node.value
 
     return sorted(map(repr, each(node)))
+
+
+def expected(before: Node, move: Move) -> list[str]:
+    """The scalars after a move."""
+    found = values(before)
+    if move.value is not None:
+        found.remove(repr(True))
+        found.append(repr(move.value))
+    return sorted(found)
 
 
 def comments(text: str) -> list[str]:

@@ -213,6 +213,25 @@ RENAMED: dict[str, str] = {
 }
 """Their name -> our dotted key. The value means the same, or the key's own check says what it takes."""
 
+MEANT: dict[str, tuple[str, str]] = {
+    "bf16": ("train.precision", "bf16"),
+    "fp16": ("train.precision", "fp16"),
+    "fp32": ("train.precision", "fp32"),
+    "train_on_inputs": ("method.loss_on", "all"),
+    "train_on_prompt": ("method.loss_on", "all"),
+    "mask_history": ("method.loss_on", "last_assistant"),
+    "assistant_only_loss": ("method.loss_on", "assistant"),
+    "train_on_responses_only": ("method.loss_on", "assistant"),
+    "completion_only_loss": ("method.loss_on", "completion"),
+    "lora_on_all": ("lora.target_modules", "all-linear"),
+    "lora_target_linear": ("lora.target_modules", "all-linear"),
+    "flash_attention": ("model.attn_implementation", "flash_attention_2"),
+    "flash_attn": ("model.attn_implementation", "flash_attention_2"),
+    "use_flash_attention_2": ("model.attn_implementation", "flash_attention_2"),
+    "sdp_attention": ("model.attn_implementation", "sdpa"),
+}
+"""A switch of theirs that is on -> our dotted key and its value. What one that is off stands for is not certain."""
+
 REMEDIES: dict[str, str] = {
     "bf16": "here it is train.precision: bf16",
     "fp16": "here it is train.precision: fp16",

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from finetune_cli.errors import Problem
 from finetune_cli.recipe import shape
-from finetune_cli.recipe.names import EXAMPLES, SWITCHES
+from finetune_cli.recipe.names import EXAMPLES, MEANT, SWITCHES
 from finetune_cli.recipe.shape import METHOD, Slot, methods
 from finetune_cli.recipe.unknown import Advice, unknown_key
 from finetune_cli.recipe.words import close, expected, found, remedy, short
@@ -127,15 +127,19 @@ def _problem(error: Mapping[str, Any], spot: Spot, tree: Node, root: type[Spec])
     return at(node.place, spot.trail, error["msg"][:1].lower() + error["msg"][1:])
 
 
-def misnamed(error: ValidationError, tree: Node, root: type[Spec]) -> Iterator[tuple[Trail, Place, str]]:
-    """(where it is, place of the key, the dotted key that it stands for) of every unknown key of which that is
-    certain."""
+def misnamed(error: ValidationError, tree: Node, root: type[Spec]) -> Iterator[tuple[Trail, Place, str, str | None]]:
+    """(where it is, place of the key, the dotted key that it stands for, the value of that where it is not its own) of
+    every unknown key of which that is certain."""
     for one in error.errors(include_url=False, include_input=False):
         if one["type"] == "extra_forbidden":
             spot = locate(one["loc"], tree, root)
-            target = _unknown(spot, tree, root).target
-            if spot.node is not None and spot.node.key is not None and target:
-                yield spot.trail, spot.node.key, target
+            if spot.node is None or spot.node.key is None:
+                continue
+            target, value = _unknown(spot, tree, root).target, None
+            if not target and spot.node.value is True:
+                target, value = MEANT.get(str(spot.trail[-1]), ("", None))
+            if target:
+                yield spot.trail, spot.node.key, target, value
 
 
 def _unknown(spot: Spot, tree: Node, root: type[Spec]) -> Advice:

@@ -68,6 +68,12 @@ class Document:
             self.drop_empty(source)
         shift(*self.line_of(parent, leaf), len(leaf) - len(key))
 
+    def write(self, line: int, column: int, value: str) -> None:
+        """Another scalar for the key that stands at this place. Raises Unsure."""
+        source, key = self.find(line, column)
+        shift(*self.line_of(source, key), len(value) - len(str(source[key])))
+        source[key] = value
+
     def find(self, line: int, column: int) -> tuple[Any, str]:
         for mapping in mappings(self.root):
             for key in mapping:

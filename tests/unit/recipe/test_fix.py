@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from finetune_cli.recipe import yaml
 from finetune_cli.recipe.fix import comments, fix, values
-from finetune_cli.recipe.names import REMEDIES, RENAMED
+from finetune_cli.recipe.names import MEANT, REMEDIES, RENAMED
 from tests.unit.recipe.two_methods import GOOD, Two
 
 HEAD = "# a recipe\nmethod: sft  # how\n"
@@ -40,6 +40,10 @@ def after(text):
         ("train.learning_rate: 1e-5\n", "train:\n  learning_rate: 1e-5\n"),
         # a section under another name, and what is in it
         ("training:\n  num_epochs: 3\n  lr: 1e-5\n", "train:\n  num_train_epochs: 3\n  learning_rate: 1e-5\n"),
+        # a switch that is on and stands for a word
+        ("train:\n  bf16: true  # fast\n  max_steps: 5\n", "train:\n  precision: bf16  # fast\n  max_steps: 5\n"),
+        ("train: {fp16: True}\n", "train: {precision: fp16}\n"),
+        ("lora: {r: 4, lora_target_linear: true}\n", "lora: {r: 4, target_modules: all-linear}\n"),
         # values stay as they are written
         ("train:\n  epochs: 3\n  max_steps: ~\n  learning_rate: 5E-5\n  gradient_checkpointing: True\n",
          "train:\n  num_train_epochs: 3\n  max_steps: ~\n  learning_rate: 5E-5\n  gradient_checkpointing: True\n"),
@@ -81,6 +85,8 @@ def test_a_key_of_an_item():
     [
         ("lr: 1e-5\nlearningrate: 2e-5\n", "lr, learningrate all stand for train.learning_rate; keep one"),
         ("lr: 1e-5\ntrain: {learning_rate: 2e-5}\n", "train.learning_rate is written already; keep one"),
+        ("train: {bf16: true, fp16: true}\n", "train.bf16, train.fp16 all stand for train.precision; keep one"),
+        ("train: {bf16: true, precision: fp32}\n", "train.precision is written already; keep one"),
         ("warmup: 100\n", "train.warmup_ratio does not take its value: expected a number from 0 to 1"),
         ("mix_probs: 0.5\n", "it is not certain which item of the list is meant"),
     ],
@@ -96,7 +102,8 @@ def test_what_is_not_certain_is_left(written, reason):
 @pytest.mark.parametrize(
     "written",
     [
-        "bf16: true\n",
+        "bf16: false\n",
+        "bf16: auto\n",
         "use_peft: true\n",
         "train: {per_device_batch: 1}\n",
         "zzz: 1\n",
@@ -121,7 +128,11 @@ def test_a_recipe_without_fault_is_not_touched_whatever_its_form():
     assert after(text).text == text
 
 
-LINES = [*(f"{name}: 1" for name in RENAMED), *(f"{name}: 1" for name in REMEDIES if name != "<<")]
+LINES = [
+    *(f"{name}: 1" for name in RENAMED),
+    *(f"{name}: 1" for name in REMEDIES if name != "<<"),
+    *(f"{name}: true" for name in MEANT),
+]
 SECTIONS = ["train:", "lora:", "eval: {eval_steps: 0.1}", "# a comment", "", "data: train.jsonl  # x", "  # deeper"]
 
 
@@ -144,6 +155,20 @@ def test_whatever_is_written_values_and_comments_stay(seed, count):
     now, wrong = yaml.parse(found.text, "r.yaml")
     assert now is not None
     assert not wrong
-    assert values(now) == values(tree)
+    words = [move.value for move in found.moves if move.value is not None]
+    wanted = values(tree)
+    for word in words:
+        wanted[wanted.index("True")] = repr(word)
+    assert values(now) == sorted(wanted)
     assert comments(found.text) == comments(text)
     assert after(found.text).text == found.text
+
+
+def test_a_word_for_a_switch_is_a_section_in_full():
+    found = after(
+        "method: sft  # how\nmodel: org/m  # what\ndata: a\noutput_dir: x\ntrain_on_inputs: true\nflash_attn: on\n"
+    )
+    assert found.text == (
+        "method:\n  name: sft  # how\n  loss_on: all\nmodel: org/m  # what\ndata: a\noutput_dir: x\nflash_attn: on\n"
+    )  # `on` is a text in YAML 1.2
+    assert found.to_json()["moved"] == [{"key": "train_on_inputs", "to": "method.loss_on: all"}]
