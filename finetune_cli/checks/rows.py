@@ -288,6 +288,33 @@ def run_length(seen: SeenRows) -> Iterator[Found]:
         yield from in_steps(seen, max(1, math.ceil(train.num_train_epochs * each)), "train.num_train_epochs")
 
 
+def numbers(seen: SeenRows) -> Iterator[Found]:
+    yield from run_length(seen)
+    yield from beyond_positions(seen)
+
+
+def beyond_positions(seen: SeenRows) -> Iterator[Found]:
+    """Rows, and prompts with the answers that will be drawn to them, for which the model has no positions: its forward
+    ends in an error, whenever one comes up."""
+    most, sets, new = seen.weights.positions, seen.sets, seen.recipe.generation.max_new_tokens
+    if most is None:
+        return
+    rows = [row for found in (sets.train, *(found for found, _ in sets.evals.values())) for row in found.rows]
+    longest = max((row.longest for row in rows), default=0)
+    if longest > most:
+        said = f"a row has {longest:,} tokens, and the model has positions for {most:,}"
+        yield Found("data.max_length", said, f"use {most} or less", "error")
+    lists = (sets.train_prompts, *(prompts for _, prompts in sets.evals.values()))
+    asked = [len(prompt.ids) for prompts in lists for prompt in prompts]
+    asked += [len(row.prefix) for row in rows] if seen.recipe.method.online else []
+    if (longest := max(asked, default=0)) + new > most:
+        said = (
+            f"{new:,} tokens behind a prompt of {longest:,} are more than the {most:,} that the model has positions for"
+        )
+        fits = f"use {most - longest} or less, or shorter prompts" if longest < most else "use shorter prompts"
+        yield Found("generation.max_new_tokens", said, fits, "error")
+
+
 def no_prompts(seen: SeenRows) -> Iterator[Found]:
     """Evaluation sets without a prompt, of which a metric judges no answer."""
     if seen.recipe.eval.metric is None or not seen.recipe.method.generates:

@@ -127,6 +127,9 @@ class Weights:
     """Why adapters cannot be attached as asked."""
     misfit: str = ""
     """Why the starting adapter is not one of this model."""
+    positions: int | None = None
+    """Longest sequence, in tokens, that can be computed at all: rows of an embedding of positions; None where positions
+    are a formula."""
 
 
 @dataclass(frozen=True)

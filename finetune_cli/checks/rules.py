@@ -340,7 +340,7 @@ RULES: tuple[Rule, ...] = (
         "use numbers that fit",
         lint=lints.run_length,
         model=model.window,
-        rows=rows.run_length,
+        rows=rows.numbers,
     ),
     Rule(
         "FT102",

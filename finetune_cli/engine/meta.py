@@ -40,7 +40,15 @@ def look(recipe: Recipe, location: Location) -> Weights:
         except ModelError as error:
             refused = f"{error.message}; {error.hint}"
     trained, total = lora.sizes(wrapped)
-    return Weights(total, trained, embedding, window, in_blocks, linear, adapted_in(wrapped), refused, misfit)
+    adapted, most = adapted_in(wrapped), positions(model, window)
+    return Weights(total, trained, embedding, window, in_blocks, linear, adapted, refused, misfit, most)
+
+
+def positions(model: Any, window: int | None) -> int | None:
+    """The window, where positions have an embedding (OPT's has two rows more)."""
+    tokens = model.get_input_embeddings()
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    return window if window is not None and any(window <= rows <= window + 2 for rows in tables) else None
 
 
 def empty(location: Location) -> Any:

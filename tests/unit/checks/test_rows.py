@@ -251,6 +251,44 @@ def test_ft033_what_does_not_fit_the_run(of, sections, keys):
     assert [p.key for p in found] == keys
 
 
+@pytest.fixture
+def table_of_positions(tmp_path):
+    """A model that has an embedding of 128 positions, as GPT-2 has."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder, tokenizer = tmp_path / "gpt2", tiny_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=2, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"model": {"name_or_path": str(folder)}, "lora": {"r": 4, "target_modules": ["c_attn"]}}
+
+
+def test_ft033_no_positions_for_what_is_trained_or_answered(of, table_of_positions, tmp_path):
+    rows = [{"prompt": f"question {n} ", "completion": "a b"} for n in range(12)]
+    rows[3]["prompt"] = long = "why " * 20
+    fits = {"data": {"max_length": 128}, "generation": {"max_new_tokens": 4}, "eval": {"sample_prompts": 12}}
+
+    def found(rows, **more):
+        more = {key: {**fits.get(key, {}), **value} for key, value in more.items()}
+        return of("FT033", "max_steps=20", rows=rows, **table_of_positions, **{**fits, **more})
+
+    assert found(rows) == []
+    (problem,) = found(rows, generation={"max_new_tokens": 110})
+    assert (problem.key, problem.severity) == ("generation.max_new_tokens", "error")
+    asked = int(re.search(r"110 tokens behind a prompt of (\d+) are more than the 128", problem.message)[1])
+    assert found(rows, generation={"max_new_tokens": 128 - asked}) == []
+    assert f"use {128 - asked} or less" in problem.message
+    assert found(rows, generation={"max_new_tokens": 110}, eval={"sample_prompts": 0}) == []
+    window, problem = found([*rows, {"prompt": long + long, "completion": "a"}], data={"max_length": 200})
+    assert (window.key, window.severity) == ("data.max_length", "warning")
+    assert (problem.key, problem.severity) == ("data.max_length", "error")
+    assert "and the model has positions for 128" in problem.message
+    (tmp_path / "judge.py").write_text("def judge(prompts, responses, rows):\n    return [0.0 for _ in prompts]\n")
+    method = {"method": {"name": "ppo", "reward": f"{tmp_path}/judge.py:judge"}, "eval": {"sample_prompts": 0}}
+    (problem,) = found([{"prompt": row["prompt"]} for row in rows], generation={"max_new_tokens": 110}, **method)
+    assert problem.key == "generation.max_new_tokens"
+
+
 def test_ft033_packed_rows_are_counted_in_bins(seen):
     from finetune_cli.checks.rows import units
 
