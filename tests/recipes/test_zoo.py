@@ -177,7 +177,7 @@ def test_the_list(capsys):
     text = capsys.readouterr().out
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert lines["name"].split() == ["name", "method", "hardware", "time", "memory"]
-    assert lines["quickstart"].endswith("173 s         6.2 GiB")
+    assert lines["quickstart"].endswith("132 s         3.3 GiB")
     assert "not measured  about" in lines["qwen2.5-7b-dpo-lora-24gb"]
     assert lines["qwen2.5-7b-dpo-lora-24gb"].endswith("GiB (estimated)")
     assert starting.recipes(as_json=True) == 0
@@ -185,7 +185,7 @@ def test_the_list(capsys):
     assert told.keys() == BY_NAME.keys()
     quick = told["quickstart"]
     assert (quick["method"], quick["model"]) == ("sft", "builtin:smollm2-135m-instruct")
-    assert (quick["measured"]["seconds"], quick["measured"]["memory_gib"]) == (173.0, 6.2)
+    assert (quick["measured"]["seconds"], quick["measured"]["memory_gib"]) == (132.0, 3.3)
     assert told["dpo-orders"]["model"] == "../runs/quickstart"
     assert told["qwen2.5-7b-dpo-lora-24gb"]["measured"] is None
 
