@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from finetune_cli.errors import FinetuneError
+from finetune_cli.errors import FinetuneError, MachineError
 
 app = typer.Typer(
     name="finetune",
@@ -21,6 +21,7 @@ app = typer.Typer(
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value; repeatable.")]
 Where = Literal["zero_loss", "overlength", "split"]
+WINDOWS = os.name == "nt"
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdout.")]
 
 
@@ -228,6 +229,8 @@ def main() -> None:
 def run_app() -> None:
     """Every error as one screen, or one line of JSON."""
     try:
+        if WINDOWS:  # signals, locks and limits of processes are those of POSIX
+            raise MachineError("finetune does not run on Windows itself", "Run it in WSL 2, which is Linux.")
         app()
     except FinetuneError as failure:
         _tell(failure)

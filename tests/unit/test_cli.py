@@ -1,6 +1,7 @@
 """The command as people and programs meet it: right exit codes, one screen, no traceback, and quick to answer."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,12 @@ def test_quantised_weights_need_an_adapter(command, recipe_of, tmp_path):
     (tmp_path / "x.gguf").touch()
     whole = ("--set", f"name_or_path={tmp_path / 'x.gguf'}")
     fails(command("validate", recipe_of(), "--fast", *asked, *whole), 2, "FT104", ".gguf")
+
+
+def test_windows_is_told_where_it_runs(command, recipe_of, monkeypatch):
+    assert (os.name == "nt") == cli.WINDOWS
+    monkeypatch.setattr(cli, "WINDOWS", True)
+    fails(command("validate", recipe_of(), "--fast"), 4, "does not run on Windows itself", "WSL 2")
 
 
 def test_own_options_are_checked(command, recipe_of):
