@@ -1,6 +1,7 @@
 """What pydantic finds wrong, as problems: one a value, with its place, in people's words."""
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from finetune_cli.recipe.yaml import Node, Place
 from finetune_cli.spec import Spec
 
 MOST = 200
+WORD = re.compile(r"\w+")
 VALUE_ERRORS = frozenset((
     "literal_error", "greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short", "finite_number",
     "model_type", "model_attributes_type", "dict_type", "list_type", "string_type", "int_type", "int_from_float",
@@ -121,10 +123,19 @@ def _problem(error: Mapping[str, Any], spot: Spot, tree: Node, root: type[Spec])
         named = nearest(tree, (METHOD, "name"))
         return at(named.place, (METHOD,), _no_method(named.value, root))
     if kind in ("value_error", "assertion_error"):
-        return at(node.key or node.place, spot.trail, error["msg"].partition(", ")[2])
+        said = error["msg"].partition(", ")[2]
+        key = named_first(said, node.value)
+        if key is None:
+            return at(node.key or node.place, spot.trail, said)
+        return at(node.value[key].key or node.value[key].place, (*spot.trail, key), said)
     if kind in VALUE_ERRORS and spot.node is not None:
         return at(node.place, spot.trail, _wrong_value(spot, root))
     return at(node.place, spot.trail, error["msg"][:1].lower() + error["msg"][1:])
+
+
+def named_first(said: str, value: Any) -> str | None:
+    """Of keys that do not go together, the first that a section has and that is spoken of."""
+    return next((word for word in WORD.findall(said) if word in value), None) if isinstance(value, dict) else None
 
 
 def misnamed(error: ValidationError, tree: Node, root: type[Spec]) -> Iterator[tuple[Trail, Place, str, str | None]]:

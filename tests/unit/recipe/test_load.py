@@ -134,9 +134,19 @@ def test_a_single_method(says, good: str) -> None:
     ]
 
 
-def test_validators_speak_at_their_section(says, good: str) -> None:
-    assert says(good + "train: {global_batch_size: 2, gradient_accumulation_steps: 2}") == [
-        "recipe.yaml:5:1  train  global_batch_size and gradient_accumulation_steps exclude each other; keep one"
+def test_validators_speak_at_the_first_key_that_they_name(says, good: str) -> None:
+    assert says(good + "train: {max_steps: 3, gradient_accumulation_steps: 2, global_batch_size: 2}") == [
+        "recipe.yaml:5:55  train.global_batch_size  "
+        "global_batch_size and gradient_accumulation_steps exclude each other; keep one"
+    ]
+    assert says(good + "lora: {}\nquantization: {bnb_4bit_quant_type: nf4, load_in_8bit: false}") == [
+        "recipe.yaml:6:42  quantization.load_in_8bit  set exactly one of load_in_4bit and load_in_8bit to true"
+    ]
+
+
+def test_or_at_their_section(says, good: str) -> None:
+    assert says(good + "lora: {}\nquantization: {bnb_4bit_quant_type: nf4}") == [
+        "recipe.yaml:6:1  quantization  set exactly one of load_in_4bit and load_in_8bit to true"
     ]
 
 
