@@ -31,7 +31,8 @@ class RunLock:
         self.path = run / NAME
         self.file = self._open()
         self._released = threading.Event()
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+        self._beating.start()
 
     @property
     def descriptor(self) -> int:
@@ -76,6 +77,7 @@ class RunLock:
 
     def release(self) -> None:
         self._released.set()
+        self._beating.join()  # it may be about to touch the file by a number that is soon another file's
         self.path.unlink(missing_ok=True)
         os.close(self.file)
 

@@ -191,7 +191,7 @@ def test_memory_says_what_was_measured():
     cases = json.loads((ROOT / "benchmarks/memory-cpu-amd-epyc-2c.json").read_text())["cases"]
     text = (ROOT / "docs/memory.md").read_text()
     assert f"in all {len(cases)} cases" in text
-    assert max(abs(case["off"]) for case in cases) < 0.115
+    assert max(abs(case["off"]) for case in cases) < 0.13
     assert f"within 1% in {sum(abs(case['off']) < 0.01 for case in cases)} of them" in text
     found = {case["case"]: f"{case['measured_gib']:.2f}" for case in cases}
     for name in ("full bf16 2x256", "full bf16 2x256 optim=adamw_8bit", "qlora bf16 2x256", "lora bf16 4x256"):

@@ -57,6 +57,7 @@ def test_a_child_holds_it_when_its_parent_is_gone(tmp_path):
     """The worker goes on writing when the command that started it was killed."""
     lock = RunLock(tmp_path)
     child = subprocess.Popen(["sleep", "100"], pass_fds=(lock.descriptor,))
+    lock._released.set()  # it is dead, so gives no sign of life either
     os.close(lock.file)
     with pytest.raises(RecipeError):
         RunLock(tmp_path)
